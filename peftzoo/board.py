@@ -23,7 +23,7 @@ SHARED = ("task", "task_version", "model", "weights", "source", "data", "protoco
 def frame(records: list[Record]) -> pd.DataFrame:
     """One row per run."""
     runs = pd.DataFrame([_row(r) for r in records])
-    numbers = ("score", "merged", "trained", "step_ms", "memory_mib", "lr")
+    numbers = ("score", "unmerged", "trained", "step_ms", "memory_mib", "lr")
     return runs.astype({k: float for k in numbers if k in runs})
 
 
@@ -43,9 +43,9 @@ def _row(r: Record) -> dict[str, Any]:
         "method": r.method, "id": r.id, "seed": r.seed,
         "config": ", ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
                             for k, v in r.method_config.items()),
-        "lr": _real(t.get("lr")), "metric": r.score.metric if r.score else None,
-        "score": r.score.value if r.score else None,
-        "merged": r.merged_score.value if r.merged_score else None,
+        "lr": _real(t.get("lr")), "metric": r.result.metric if r.result else None,
+        "score": r.result.value if r.result else None,
+        "unmerged": r.score.value if r.merged_score and r.score else None,
         "trained": r.trainable_params, "step_ms": r.step_time.get("median_ms"),
         "memory_mib": memory / 2**20 if memory else None,
     }  # fmt: skip
@@ -98,7 +98,7 @@ def _summary(runs: pd.DataFrame) -> pd.DataFrame:
         rows.append({
             "method": method, "options": group["config"].iloc[0], "lr": group["lr"].iloc[0],
             "metric": group["metric"].iloc[0], "score": scores.mean(),
-            "ci95": interval(scores.tolist()), "seeds": len(scores), "merged": group["merged"].mean(),
+            "ci95": interval(scores.tolist()), "seeds": len(scores), "unmerged": group["unmerged"].mean(),
             "trained": _plain(group["trained"].iloc[0]), "step_ms": group["step_ms"].median(),
             "memory_mib": group["memory_mib"].median(),
         })  # fmt: skip
@@ -108,7 +108,7 @@ def _summary(runs: pd.DataFrame) -> pd.DataFrame:
 def averages(records: list[Record], members: Iterable[str]) -> list[dict[str, Any]]:
     """Mean score over the tasks of a group, each task alike, per method, configuration, seed and metric, and
     the number of these tasks."""
-    runs = frame([r for r in records if r.status == "ok" and r.score is not None and r.task in set(members)])
+    runs = frame([r for r in records if r.status == "ok" and r.result is not None and r.task in set(members)])
     if runs.empty:
         return []
     keys = ["method", "config", "seed", "metric"]
@@ -129,7 +129,10 @@ def interval(scores: list[float]) -> float | None:
 
 def markdown(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> str:
     """All tables as one Markdown document."""
-    parts = ["# Board\n\nMean over seeds; the interval is the 95 % t interval of that mean."]
+    parts = [
+        "# Board\n\nMean over seeds; the interval is the 95 % t interval of that mean. A method that "
+        "can be merged is scored merged; unmerged: on the first rows only, as a check."
+    ]
     for facts, table in found:
         metric = escape(facts["metric"] or "score")
         head = f"## {facts['task']} on {facts['model']} ({facts['source']} data, {facts['protocol']})"
@@ -141,7 +144,7 @@ def markdown(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> str:
         shown = pd.DataFrame({
             "method": table["method"].map(escape), metric: table["score"].map(lambda v: _number(v, 3)),
             "+-95 %": table["ci95"].map(lambda v: _number(v, 3)), "seeds": table["seeds"],
-            "merged": table["merged"].map(lambda v: _number(v, 3)),
+            "unmerged": table["unmerged"].map(lambda v: _number(v, 3)),
             "trained": table["trained"].map(lambda v: "" if pd.isna(v) else f"{int(v):,}"),
             "step ms": table["step_ms"].map(lambda v: _number(v, 1)),
             "memory MiB": table["memory_mib"].map(lambda v: _number(v, 0)),

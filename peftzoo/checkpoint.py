@@ -16,9 +16,7 @@ from peftzoo.files import write_atomically
 
 def save(path: Path, attached: Attached, optimizer: Any, scheduler: Any, progress: dict[str, Any]) -> None:
     """Write one file (atomically): adapter, optimiser, schedule, random state and `progress` (plain JSON)."""
-    from safetensors.torch import save as to_bytes
-
-    tensors = _trained(attached)
+    tensors = trained(attached)
     state = optimizer.state_dict()
     scalars: dict[str, Any] = {}
     for index, entries in state["state"].items():
@@ -32,25 +30,28 @@ def save(path: Path, attached: Attached, optimizer: Any, scheduler: Any, progres
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     schedule = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
     meta = {"groups": state["param_groups"], "scalars": scalars, "schedule": schedule, "progress": progress}
-    tensors = {k: t.to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    text = json.dumps(meta)
+    write(path, json.dumps(meta), tensors)
+
+
+def write(path: Path, text: str, tensors: dict[str, Tensor]) -> None:
+    """Write tensors and a text (JSON) atomically into one safetensors file that carries its checksum."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     write_atomically(path, to_bytes(tensors, {"peftzoo": text, "sha256": _digest(text, tensors)}))
 
 
 def load(path: Path, attached: Attached, optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
     """Continue from `path`; returns the saved progress, or None, nothing changed, without a usable file."""
-    found = _read(path)
+    found = read(path)
     if found is None:
         return None
-    meta, tensors = found
-    mine, groups = _trained(attached), optimizer.state_dict()["param_groups"]
-    if any(k not in tensors or tensors[k].shape != t.shape for k, t in mine.items()):
-        return None
+    meta, tensors = json.loads(found[0]), found[1]
+    groups = optimizer.state_dict()["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in meta["groups"]]:
         return None
-    with torch.no_grad():
-        for k, t in mine.items():
-            t.copy_(tensors[k])
+    if not restore(attached, tensors):
+        return None
     state: dict[int, dict[str, Any]] = {}
     for key, t in tensors.items():
         if key.startswith("optimizer."):
@@ -68,8 +69,19 @@ def load(path: Path, attached: Attached, optimizer: Any, scheduler: Any) -> dict
     return meta["progress"]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What `save` wrote, or None when the file is missing, damaged or foreign."""
+def restore(attached: Attached, tensors: dict[str, Tensor]) -> bool:
+    """Put `trained` tensors back; False, nothing changed, where they do not fit."""
+    mine = trained(attached)
+    if any(k not in tensors or tensors[k].shape != t.shape for k, t in mine.items()):
+        return False
+    with torch.no_grad():
+        for k, t in mine.items():
+            t.copy_(tensors[k])
+    return True
+
+
+def read(path: Path) -> tuple[str, dict[str, Tensor]] | None:
+    """What `write` wrote, or None when the file is missing, damaged or foreign."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -80,7 +92,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         if facts["sha256"] != _digest(facts["peftzoo"], tensors):
             return None
-        return json.loads(facts["peftzoo"]), tensors
+        json.loads(facts["peftzoo"])
+        return facts["peftzoo"], tensors
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
 
@@ -94,7 +107,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _trained(attached: Attached) -> dict[str, Tensor]:
+def trained(attached: Attached) -> dict[str, Tensor]:
     """What training may change: the saved tensors, running buffers, the base where the method edits it."""
     adapter = attached.adapter
     found = {f"adapter.{n}": t for n, t in attached.state_dict().items()}

@@ -25,17 +25,40 @@ EMBEDDED_SEED = 0
 """Embedded rows are the same for every run, as a published data set would be."""
 
 
+class NoRows(UserError):
+    """The source has no such rows."""
+
+
 @dataclass
 class Rows:
     """Rows to train on, to score and, where the task says so, to show in prompts (`datasets.Dataset` each).
 
-    `info` is what the record says about them.
+    `train` is None where there are none. `info` is what the record says about them, `prompts` the task's keys
+    that other training rows than its own bring with them.
     """
 
     train: Any
     test: Any
     info: dict[str, Any] = field(default_factory=dict)
     shown: Any = None
+    prompts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Splits of one data set; those in `spare` may be missing, `task` is for messages."""
+
+    task: str
+    path: str
+    name: str | None
+    splits: tuple[str, ...]
+    spare: tuple[str, ...] = ()
+    stand_in: dict[str, str] = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return "/".join(filter(None, (self.path, self.name)))
 
 
 def mirror_folder(given: str | None) -> Path | None:
@@ -59,35 +82,69 @@ def choose(source: str | None, model: str, mirror: Path | None, named: bool = Fa
     return "mirror" if mirror else "hub"
 
 
-def load(task: suite.Task, source: str, mirror: Path | None = None) -> Rows:
-    """Rows of the task's training split, of the split that is scored, and of the one shown in the prompt."""
+def load(task: suite.Task, source: str, mirror: Path | None = None, trains: bool = True) -> Rows:
+    """Rows of the task's training split, of the split that is scored, and of the one shown in the prompt.
+
+    Raises `NoRows` where the source lacks them; training rows may be missing unless the run `trains`.
+    """
+    other = elsewhere(task, task.extra.train, source, mirror)
+    if trains and not (task.training_split or other):
+        raise NoRows(
+            f'task "{task.name}" has no training rows: it is scored in a group (peftzoo list tasks), or with '
+            "--method none"
+        )
+    own = task.training_split
+    spare = (own,) if own and (other or not trains) and own != task.eval_split else ()
+    if source == "embedded":
+        found, info = _embedded(task)
+    else:
+        cut = task.extra.cut
+        splits = (cut.of,) if cut else task.splits
+        path, name = (source == "mirror" and task.extra.mirror) or (task.dataset_path, task.dataset_name)
+        wanted = _Wanted(task.name, path, name, splits, spare, task.extra.stand_in, task.dataset_kwargs)
+        found, info = _READERS[source](wanted, mirror)
+        if cut:
+            found, info["cut"] = _cut(cut, found[cut.of])
+    made = {s: _dataset(found[s], info["id"]) for s in task.splits if s in found}
+    shown = made[task.fewshot_split] if task.num_fewshot else None
+    rows = Rows(made.get(own), made[task.eval_split], info, shown)
+    if other:
+        rows.train, info["train"], rows.prompts = other
+    return rows
+
+
+def elsewhere(
+    task: suite.Task, choices: tuple[suite.Training, ...], source: str, mirror: Path | None
+) -> tuple[Any, dict[str, Any], dict[str, str]] | None:
+    """The first of these training sets that the source has: its rows, what the record says, its prompts."""
+    for choice in choices if source != "embedded" else ():
+        wanted = _Wanted(task.name, choice.dataset_path, choice.dataset_name, (choice.split,))
+        try:
+            found, info = _READERS[source](wanted, mirror)
+        except NoRows:
+            continue
+        return _dataset(found[choice.split], info["id"]), info, choice.prompts
+    return None
+
+
+def _dataset(rows: list[dict[str, Any]], name: str) -> Any:
     import datasets
 
-    found, info = {"embedded": _embedded, "mirror": _mirror, "hub": _hub}[source](task, mirror)
-    if task.extra.cut and source != "embedded":
-        found, info["cut"] = _cut(task.extra.cut, found[task.extra.cut.of])
     try:
-        made = {s: datasets.Dataset.from_list(found[s]) for s in task.splits}
+        return datasets.Dataset.from_list(rows)
     except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are among them
         why = " ".join(str(error).split())[:160]
-        raise UserError(f"{info['id']}: its rows differ in their columns' types ({why})") from None
-    shown = made[task.fewshot_split] if task.num_fewshot else None
-    return Rows(made[task.training_split], made[task.eval_split], info, shown)
+        raise UserError(f"{name}: its rows differ in their columns' types ({why})") from None
 
 
 Found = tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]
 """Rows of each split that was read, and what the record says of them."""
 
 
-def _read(task: suite.Task) -> tuple[str, ...]:
-    """The splits that the data set itself has."""
-    return (task.extra.cut.of,) if task.extra.cut else task.splits
-
-
-def _embedded(task: suite.Task, _: Path | None) -> Found:
+def _embedded(task: suite.Task) -> Found:
     spec = task.extra.embedded
     if spec is None:
-        raise UserError(f'task "{task.name}" has no embedded generator: use --data FOLDER or --source hub')
+        raise NoRows(f'task "{task.name}" has no embedded generator: use --data FOLDER or --source hub')
     counts = {task.test_split: spec.test, task.validation_split: spec.validation}
     counts |= {task.fewshot_split: spec.fewshot, task.training_split: spec.train}
     make = suite.generator(task)
@@ -120,22 +177,26 @@ def _cut(cut: suite.Cut, rows: list[dict[str, Any]]) -> Found:
     return made, {"of": cut.of, "seed": cut.seed, "splits": splits}
 
 
-def _mirror(task: suite.Task, mirror: Path) -> Found:
-    place = mirror / _folder_name(task.dataset_path) / _folder_name(task.dataset_name or "default")
+def _mirror(wanted: _Wanted, mirror: Path | None) -> Found:
+    place = mirror / _folder_name(wanted.path) / _folder_name(wanted.name or "default")
     found, files = {}, {}
-    for split in _read(task):
+    for split in wanted.splits:
         path = place / f"{_folder_name(split)}.jsonl"
-        if not path.is_file():
+        other = place / f"{_folder_name(wanted.stand_in.get(split, split))}.jsonl"
+        if not path.is_file() and not other.is_file():
+            if split in wanted.spare:
+                continue
             have = ", ".join(sorted(p.stem for p in place.glob("*.jsonl"))) or "nothing"
-            raise UserError(
-                f'task "{task.name}": the mirror lacks {path.relative_to(mirror)} (it has {have} there); '
+            raise NoRows(
+                f'task "{wanted.task}": the mirror lacks {path.relative_to(mirror)} (it has {have} there); '
                 "three ways out: another --data FOLDER, --source hub, or --model embedded"
             )
+        stands_in = {} if path.is_file() else {"stand_in": other.stem}
+        path = path if path.is_file() else other
         data = path.read_bytes()
         found[split] = _json_lines(data, str(path.relative_to(mirror)))
-        files[split] = {"sha256": hashlib.sha256(data).hexdigest(), "rows": len(found[split])}
-    name = "/".join(filter(None, (task.dataset_path, task.dataset_name)))
-    return found, {"source": "mirror", "id": name, "files": files}
+        files[split] = {"sha256": hashlib.sha256(data).hexdigest(), "rows": len(found[split])} | stands_in
+    return found, {"source": "mirror", "id": wanted.id, "files": files}
 
 
 def _json_lines(data: bytes, name: str) -> list[dict[str, Any]]:
@@ -164,32 +225,27 @@ def _folder_name(name: str) -> str:
     return safe.lstrip(".") or "_"
 
 
-def _hub(task: suite.Task, _: Path | None) -> Found:
+def _hub(wanted: _Wanted, _: Path | None) -> Found:
     import datasets
 
     from peftzoo.fetch import hub_answers
 
-    offline = not hub_answers(task.dataset_path, "dataset")
+    offline = not hub_answers(wanted.path, "dataset")
     if offline:  # what was fetched before still loads
         datasets.config.HF_HUB_OFFLINE = True
     try:
-        found = datasets.load_dataset(task.dataset_path, task.dataset_name, **task.dataset_kwargs)
+        found = datasets.load_dataset(wanted.path, wanted.name, **wanted.kwargs)
     except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
         why = "the Hub cannot be reached" if offline else " ".join(str(error).split())[:120]
-        raise _no_data(task, why) from None
-    for split in _read(task):
-        if split not in found:
-            raise UserError(
-                f'task "{task.name}": {task.dataset_path} has no split "{split}": {", ".join(found)}'
-            )
-    rows = {s: found[s].to_list() for s in _read(task)}
+        raise NoRows(
+            f'no data for task "{wanted.task}": {why}; three ways out: --data FOLDER (a local mirror, see '
+            "README), a machine that reaches the Hub, or --source embedded"
+        ) from None
+    if missing := [s for s in wanted.splits if s not in found and s not in wanted.spare]:
+        raise NoRows(f'task "{wanted.task}": {wanted.path} has no split "{missing[0]}": {", ".join(found)}')
+    rows = {s: found[s].to_list() for s in wanted.splits if s in found}
     files = {s: {"sha256": _digest(r), "rows": len(r)} for s, r in rows.items()}
-    name = "/".join(filter(None, (task.dataset_path, task.dataset_name)))
-    return rows, {"source": "hub", "id": name, "files": files}
+    return rows, {"source": "hub", "id": wanted.id, "files": files}
 
 
-def _no_data(task: suite.Task, why: str) -> UserError:
-    return UserError(
-        f'no data for task "{task.name}": {why}; three ways out: --data FOLDER (a local mirror, see README), '
-        "a machine that reaches the Hub, or --source embedded"
-    )
+_READERS = {"mirror": _mirror, "hub": _hub}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,8 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None) -> An
     if task.output_type == "generate_until":
         kwargs = {"do_sample": False} | (config.get("generation_kwargs") or {})
         config["generation_kwargs"] = kwargs | ({"max_gen_toks": max_new_tokens} if max_new_tokens else {})
-    found = datasets.DatasetDict({task.training_split: rows.train, task.eval_split: rows.test})
+    found = datasets.DatasetDict({task.eval_split: rows.test})
+    config.pop("training_split", None)  # neither prompts nor scores need the training rows
     if rows.shown is not None:
         found[task.fewshot_split] = rows.shown
     return ConfigurableTask(config=config | {"custom_dataset": lambda **_: found})
@@ -60,13 +61,13 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None) -> An
 
 def prompt_and_answer(lm_task: Any, row: dict[str, Any]) -> tuple[str, str]:
     """The prompt of a row, as lm-eval makes it, and the right continuation, delimiter included."""
-    answer = lm_task.doc_to_target(row)
+    prompt, answer = lm_task.fewshot_context(row, lm_task.config.num_fewshot), lm_task.doc_to_target(row)
     choices = lm_task.doc_to_choice(row) if lm_task.config.doc_to_choice is not None else None
-    if choices is not None and answer not in choices:
+    if lm_task.multiple_input:  # the choices are beginnings, the target is how all of them go on
+        prompt = prompt[lm_task.doc_to_text(row)]
+    elif choices is not None and answer not in choices:
         answer = choices[int(answer)]
-    return lm_task.fewshot_context(row, lm_task.config.num_fewshot), lm_task.config.target_delimiter + str(
-        answer
-    )
+    return prompt, lm_task.config.target_delimiter + str(answer)
 
 
 def language(
@@ -78,12 +79,14 @@ def language(
     """
     from lm_eval.evaluator import evaluate
 
+    from peftzoo.lm import LanguageModel
+
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap would start a process per core
     begin = time.perf_counter()
-    lm = _harness_model(model, tokenizer, batch_size, "bfloat16" if precision == "bf16" else None)
+    lm = LanguageModel(model, tokenizer, batch_size, torch.bfloat16 if precision == "bf16" else None)
     name = lm_task.config.task
     tasks = {"tasks": {name: lm_task}, "groups": {}, "group_map": {}}
-    with _greedy(model, tokenizer):
+    with redirect_stdout(io.StringIO()):  # it prints the names of the scores that it bootstraps
         results = evaluate(lm, tasks, bootstrap_iters=200, log_samples=True)
     scores = {
         k: v for k, v in results["results"][name].items() if isinstance(v, (int, float)) and k != "sample_len"
@@ -104,20 +107,6 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-@contextmanager
-def _greedy(model: nn.Module, tokenizer: Any) -> Iterator[None]:
-    """Only the end token of the model's own generation settings holds: no sampling, beams or penalties."""
-    from transformers import GenerationConfig
-
-    kept = model.generation_config
-    end = tokenizer.eos_token_id if kept.eos_token_id is None else kept.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
-    try:
-        yield
-    finally:
-        model.generation_config = kept
-
-
 def _key(name: str) -> str:
     """`exact_match,strict` as it is; `acc,none` becomes `acc`."""
     return name.removesuffix(",none")
@@ -125,32 +114,11 @@ def _key(name: str) -> str:
 
 def _outcome(sample: dict[str, Any], lm_task: Any) -> dict[str, Any]:
     """One row's outcome: row number, filter, what was answered, whether it was right."""
-    known = {k: sample[k] for k in sample.get("metrics", []) if k in sample}
+    known = {k: sample[k] for k in sample.get("metrics", []) if isinstance(sample.get(k), (int, float))}
     answered = sample["filtered_resps"]
     if lm_task.OUTPUT_TYPE == "multiple_choice":
         answered = [round(float(r[0]), 4) if math.isfinite(r[0]) else None for r in answered]
     return {"row": sample["doc_id"], "filter": sample["filter"], "answer": answered, **known}
-
-
-def _harness_model(model: nn.Module, tokenizer: Any, batch_size: int, autocast: str | None) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class Quiet(HFLM):
-        """lm-eval's own model class without its progress bars."""
-
-        def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = True, **kwargs: Any) -> list:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
-
-    return Quiet(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal",
-        mixed_precision_dtype=autocast,
-    )  # fmt: skip
 
 
 @torch.no_grad()

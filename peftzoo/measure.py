@@ -7,7 +7,8 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ class PeakMemory:
     """Peaks inside a `with`: CUDA allocated and reserved bytes, and the process's resident set.
 
     The resident set is sampled every 10 ms by a thread; `resident_before` says what was there at the start.
+    What happens inside `paused` does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes: dict[str, int | None] = {}
+        self._cuda, self._paused = [0, 0], False
 
     def __enter__(self) -> PeakMemory:
         self._process, self._stop = psutil.Process(), threading.Event()
@@ -48,19 +51,37 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            self._peak = max(self._peak, self._process.memory_info().rss)
+            if not self._paused:
+                self._peak = max(self._peak, self._process.memory_info().rss)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For other work in between, such as scoring."""
+        self._read_cuda()
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _read_cuda(self) -> None:
+        if self.device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+            self._cuda = [max(a, b) for a, b in zip(self._cuda, now, strict=True)]
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         self._peak = max(self._peak, self._process.memory_info().rss)
-        cuda = self.device.type == "cuda"
+        self._read_cuda()
+        allocated, reserved = self._cuda if self.device.type == "cuda" else (None, None)
         self.bytes = {
-            "cuda_allocated_peak": torch.cuda.max_memory_allocated(self.device) if cuda else None,
-            "cuda_reserved_peak": torch.cuda.max_memory_reserved(self.device) if cuda else None,
+            "cuda_allocated_peak": allocated, "cuda_reserved_peak": reserved,
             "resident_peak": self._peak,
             "resident_before": self._before,
-        }
+        }  # fmt: skip
 
 
 class Energy:
@@ -75,6 +96,17 @@ class Energy:
     def __enter__(self) -> Energy:
         self._start = self._read()
         return self
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For other work in between, such as scoring."""
+        begin = self._read()
+        try:
+            yield
+        finally:
+            end = self._read()
+            if None not in (self._start, begin, end):
+                self._start += end - begin
 
     def __exit__(self, *_: object) -> None:
         now = self._read()

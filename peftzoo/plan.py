@@ -12,10 +12,22 @@ from typing import Any
 
 import torch
 
-from peftzoo import data, measure, metrics, models, published, registry, store, suite
+from peftzoo import (
+    data,
+    material,
+    measure,
+    metrics,
+    models,
+    published,
+    registry,
+    retention,
+    store,
+    suite,
+)
 from peftzoo.attached import attach, configure
 from peftzoo.errors import NeedsWeights, UserError, unknown
 from peftzoo.prune import Pruning
+from peftzoo.task import HeadSpec, Protocol
 from peftzoo.train import TrainConfig, auto_precision
 
 
@@ -30,6 +42,8 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     """Overrides of `TrainConfig` fields; `epochs` may stand for `steps`."""
+    protocol: str | None = None
+    """One of those that the task offers; None: its own."""
     preset: str | None = None
     """A published setting of the method; `options` and `train` go before it."""
     precision: str = "auto"
@@ -40,6 +54,8 @@ class Request:
     eval_batch: int = 32
     prune: str | None = None
     """Prune the base model before the method is attached, for example `wanda:0.5`."""
+    retention: str | None = None
+    """A task whose text is read before and after: what the run forgets."""
     trust_remote_code: bool = False
 
 
@@ -48,33 +64,76 @@ class Plan:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.task = suite.get(request.task)
+        self.course = suite.course(request.task)
         self.cls = registry.get(request.method)
         self.request = request = replace(request, method=self.cls.name)
         self.preset = published.get(self.cls, request.preset) if request.preset else published.NONE
-        told = {"description": self.task.words} if self.cls.described else {}
-        self.adapter = configure(self.cls, told | self.preset.chosen(self.task.name) | request.options)
+        told = {"description": self.course.words} if self.cls.described else {}
+        self.adapter = configure(self.cls, told | self.preset.chosen(self.course.name) | request.options)
         for name, value in (("limit", request.limit), ("max_new_tokens", request.max_new_tokens)):
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
         self.pruning = Pruning.parse(request.prune) if request.prune else None
-        causal = models.is_causal(request.model)
-        self.view = self.task.view(causal)
-        if self.view == "head" and self.cls.searches:
-            raise UserError(
-                f'method "{request.method}" fits itself without gradients, task "{self.task.name}" needs a '
-                "trained head: choose a task that is generated or chosen"
-            )
-        self._check_metrics()
+        self.view = self._view()
+        self.protocol, self.choice = self._protocol()
         mirror = data.mirror_folder(request.data)
         self.source = data.choose(request.source, request.model, mirror, named=request.data is not None)
-        self.rows = data.load(self.task, self.source, mirror)
+        learns = self.cls.trains or self.cls.searches or self.pruning is not None
+        self.material = material.load(self.course, self.source, mirror, learns)
+        if self.choice:
+            material.choose_by(self.parts, self.choice, request.seed)
         if request.limit:
-            self.rows.test = self.rows.test.select(range(min(request.limit, len(self.rows.test))))
-        extra = self.task.extra
-        self.settings = extra.embedded.settings if self.source == "embedded" else extra.settings
+            material.limit(self.parts, request.limit)
+        self.general = None
+        if request.retention:
+            self.general = retention.load(request.retention, self.course, self.source, mirror)
+        self.settings = self.course.settings(self.source == "embedded")
         self.max_new_tokens = request.max_new_tokens or self.settings.max_new_tokens
         self.config = self._train_config()
+
+    @property
+    def parts(self) -> list[material.Part]:
+        """The scored tasks."""
+        return self.material.parts
+
+    @property
+    def head(self) -> HeadSpec | None:
+        """The trained head that all scored tasks share."""
+        return self.course.tasks[0].extra.head if self.view == "head" else None
+
+    def _view(self) -> str:
+        """How the model is scored: the same in all tasks of the course."""
+        causal, tasks = models.is_causal(self.request.model), self.course.tasks
+        views = {t.view(causal): t for t in tasks}
+        heads = {t.extra.head and (t.extra.head.kind, t.extra.head.labels): t for t in tasks}
+        if len(views) > 1 or ("head" in views and len(heads) > 1):
+            one, two = [*(views if len(views) > 1 else heads).values()][:2]
+            raise UserError(
+                f'"{self.course.name}" cannot be trained together: "{one.name}" and "{two.name}" are scored '
+                "in different ways; run them one by one"
+            )
+        (view,) = views
+        if view == "head" and self.cls.searches:
+            raise UserError(
+                f'method "{self.request.method}" fits itself without gradients, task "{tasks[0].name}" needs '
+                "a trained head: choose a task that is generated or chosen"
+            )
+        if view == "head" and self.request.retention:
+            raise UserError("--retention measures the loss on text: a causal model and a task without a head")
+        for task in tasks:
+            known = metrics.METRICS if view == "head" else task.metrics()
+            for name in (task.extra.metric, *task.extra.also):
+                if known and name not in known:
+                    raise unknown(f'metric of task "{task.name}"', name, known)
+        return view
+
+    def _protocol(self) -> tuple[str, Protocol | None]:
+        about, asked = self.course.about, self.request.protocol
+        if asked in (None, about.protocol):
+            return about.protocol, None
+        if asked not in about.protocols:
+            raise unknown(f'protocol of task "{self.course.name}"', asked, [about.protocol, *about.protocols])
+        return asked, about.protocols[asked]
 
     def _train_config(self) -> TrainConfig:
         s, r = self.settings, self.request
@@ -87,9 +146,10 @@ class Plan:
         fields |= {"train_on_prompt": s.train_on_prompt, "precision": precision}
         fields |= {"lr": self.cls.lr * s.lr_scale}
         given = {k: v for k, v in r.train.items() if v is not None}
-        fields |= self.preset.training(self.task.name, given)
+        fields |= self.preset.training(self.course.name, given)
         if (epochs := fields.pop("epochs", None)) is not None:
-            fields["steps"] = max(1, round(epochs * len(self.rows.train) / fields["batch_size"]))
+            rows = self.material.trained_rows
+            fields["steps"] = max(1, round(epochs * rows / fields["batch_size"]))
         if not self.cls.trains:
             fields["steps"] = 0
         try:
@@ -100,12 +160,6 @@ class Plan:
                 f"--{'.'.join(map(str, first['loc'])).replace('_', '-')} {first['input']}: {first['msg']}"
             ) from None
 
-    def _check_metrics(self) -> None:
-        known = metrics.METRICS if self.view == "head" else self.task.metrics()
-        for name in (self.task.extra.metric, *self.task.extra.also):
-            if known and name not in known:
-                raise unknown(f'metric of task "{self.task.name}"', name, known)
-
     def try_on(self) -> None:
         """Attach the method to the model's bare shapes: shows at once whether its options fit this model."""
         with suppress(NeedsWeights):
@@ -113,13 +167,15 @@ class Plan:
 
     def identity(self, model_source: dict[str, Any]) -> str:
         """The name of this configuration: everything that decides the result, but not the seed."""
-        extra = {"prune": self.request.prune} if self.pruning else {}
+        asked = {"prune": self.request.prune, "retention": self.request.retention}
+        extra = {k: v for k, v in asked.items() if v}
         return store.identity(extra | {
             "measure": measure.MEASURE_VERSION, "method": self.request.method,
             "config": self.adapter.config.model_dump(mode="json"),
             "train": self.config.model_dump(mode="json"),
-            "task": self.task.name, "version": self.task.version, "protocol": self.task.extra.protocol,
-            "view": self.view, "model": model_source, "data": self.rows.info, "rows": len(self.rows.test),
+            "task": self.course.name, "version": self.course.version, "protocol": self.protocol,
+            "view": self.view, "model": model_source, "data": self.material.info,
+            "rows": self.material.scored_rows,
             "max_new_tokens": self.max_new_tokens if self.view == "generate" else None,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         })  # fmt: skip
@@ -137,6 +193,7 @@ class Plan:
         words += ["--source", self.source, *(("--data", "FOLDER") if self.source == "mirror" else ())]
         words += ["--seeds", str(r.seed)]
         extra = {"limit": r.limit, "max_new_tokens": r.max_new_tokens, "prune": r.prune}
+        extra |= {"protocol": self.protocol if self.choice else None, "retention": r.retention}
         for key, value in (self.config.model_dump() | extra).items():
             if value is not None and value is not False:
                 words += [f"--{key.replace('_', '-')}"] + ([str(value)] if value is not True else [])

@@ -193,11 +193,14 @@ def saved_mib(contender: Contender) -> float:
         tensors = (*module.parameters(), *module.buffers())
         resident |= {t.untyped_storage().data_ptr() for t in tensors}
     sizes: dict[int, int] = {}
+    alive = []
 
     def pack(t: Tensor) -> Tensor:
-        if t.layout is torch.strided:
+        forward = torch._C._current_graph_task_id() == -1  # what backward makes for itself is not kept for it
+        if forward and t.layout is torch.strided:
             storage = t.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)  # a storage that is freed could give its place to another
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -72,24 +72,24 @@ def _why(error: BaseException) -> tuple[str, str]:
 
 
 def _load(plan: Plan) -> models.Loaded:
-    r, spec = plan.request, plan.task.extra.head
-    head = models.Head(spec.kind, max(len(spec.labels), 1)) if plan.view == "head" else None
+    r, spec = plan.request, plan.head
+    head = models.Head(spec.kind, max(len(spec.labels), 1)) if spec else None
     return models.load(r.model, head=head, seed=r.seed, trust_remote_code=r.trust_remote_code)
 
 
 def _blank(plan: Plan, loaded: models.Loaded) -> store.Record:
-    r, task = plan.request, plan.task
+    r, course = plan.request, plan.course
     return store.Record(
         measure_version=measure.MEASURE_VERSION,
         id=plan.identity(loaded.source),
-        name=f"{r.method}/{task.name}/{loaded.name}/s{r.seed}",
+        name=f"{r.method}/{course.name}/{loaded.name}/s{r.seed}",
         status="ok",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        method=r.method, task=task.name, model=loaded.name, seed=r.seed, suite=task.extra.suite,
-        protocol=task.extra.protocol, view=plan.view, task_version=task.version,
+        method=r.method, task=course.name, model=loaded.name, seed=r.seed, suite=course.about.suite,
+        protocol=plan.protocol, view=plan.view, task_version=course.version,
         method_config=plan.adapter.config.model_dump(mode="json"),
         train_config=plan.config.model_dump(mode="json"),
-        model_source=loaded.source, data=plan.rows.info | {"scored_rows": len(plan.rows.test)},
+        model_source=loaded.source, data=plan.material.info | {"scored_rows": plan.material.scored_rows},
         prune=r.prune, max_new_tokens=plan.max_new_tokens if plan.view == "generate" else None,
         environment=measure.environment(), command=plan.command(),
     )  # fmt: skip

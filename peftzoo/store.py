@@ -75,8 +75,16 @@ class Record(BaseModel):
     stored_params: Count | None = None
     total_params: Count | None = None
     adapter_bytes: Count | None = None
-    score: Score | None = None
+    score: Score | None = Field(
+        None, description="unmerged; on the first rows only where merged_score is on all"
+    )
     merged_score: Score | None = None
+    chosen: dict[str, Any] | None = Field(
+        None, description="the reported state's step, and the score by which it was chosen at each point"
+    )
+    retention: dict[str, Any] | None = Field(
+        None, description="loss in nats per token on text not trained on, of the base model and after"
+    )
     final_loss: float | None = None
     micro_batch: Count | None = None
     out_of_memory_halvings: Count = 0
@@ -94,6 +102,29 @@ class Record(BaseModel):
     examples: dict[str, str] | None = Field(
         None, description="side file with per-row outcomes, and its sha256"
     )
+
+    @property
+    def result(self) -> Score | None:
+        """The score that counts: merged where that was scored on all rows."""
+        merged = self.merged_score
+        return merged if merged and self.score and merged.rows >= self.score.rows else self.score
+
+
+def mean(parts: dict[str, Score]) -> Score:
+    """The plain mean of several tasks' scores, each of which stands in `others`; null if one of them is."""
+    n, scores = len(parts), [*parts.values()]
+    others = {f"{name}/{s.metric}": s.value for name, s in parts.items()}
+    others |= {f"{name}/{k}": v for name, s in parts.items() for k, v in s.others.items()}
+    known = all(s.value is not None for s in scores)
+    errors = [s.stderr for s in scores]
+    parsed = [s for s in scores if s.unparsed is not None]
+    rows = sum(s.rows for s in parsed)
+    return Score(
+        metric="mean", value=sum(s.value for s in scores) / n if known else None,
+        stderr=sum(e * e for e in errors) ** 0.5 / n if None not in errors else None,
+        rows=sum(s.rows for s in scores), others=others, seconds=round(sum(s.seconds for s in scores), 3),
+        unparsed=sum(s.unparsed * s.rows for s in parsed) / rows if rows else None,
+    )  # fmt: skip
 
 
 def identity(parts: dict[str, Any]) -> str:

@@ -16,7 +16,19 @@ from pydantic import ValidationError
 
 from peftzoo import layers
 from peftzoo.errors import UserError, nearest, unknown
-from peftzoo.task import HARNESS, Cut, Embedded, Extra, HeadSpec, Settings, Task
+from peftzoo.task import (
+    HARNESS,
+    Course,
+    Cut,
+    Embedded,
+    Extra,
+    HeadSpec,
+    Protocol,
+    Settings,
+    Task,
+    Together,
+    Training,
+)
 
 
 def folder() -> Path:
@@ -60,9 +72,36 @@ def groups() -> dict[str, tuple[str, ...]]:
     return dict(_groups())
 
 
+@lru_cache
+def _together(name: str) -> Course | None:
+    """The group as one course, if its file says that its tasks are trained together."""
+    raw = layers.read(_files()[name])
+    meta = raw.get("metadata") or {}
+    if "peftzoo" not in meta:
+        return None
+    try:
+        about = Together(**meta["peftzoo"])
+    except ValidationError as error:
+        raise UserError(f'task file "{_files()[name].name}": {_first(error, Together)}') from None
+    return Course(name, float(meta.get("version", 1)), about, tuple(map(get, _groups()[name])))
+
+
+def course(name: str) -> Course:
+    """What a run of `name` trains on and is scored on. Raises `UserError` for a group of separate tasks."""
+    if name in _groups() and (found := _together(name)):
+        return found
+    task = get(name)
+    return Course(task.name, task.version, task.extra, (task,))
+
+
 def expand(names: Iterable[str]) -> list[str]:
-    """The same names with each group replaced by its tasks, each name once."""
-    return list(dict.fromkeys(t for name in names for t in _groups().get(name, (name,))))
+    """The same names with each group of separate tasks replaced by these, each name once."""
+
+    def members(name: str) -> Iterable[str]:
+        split = name in _groups() and not _together(name)
+        return (t for member in _groups()[name] for t in members(member)) if split else (name,)
+
+    return list(dict.fromkeys(t for name in names for t in members(name)))
 
 
 def is_file(name: str) -> bool:
@@ -115,23 +154,24 @@ def _known(path: Path, place: str, given: dict[Any, Any], allowed: Iterable[str]
             raise UserError(f'task file "{path.name}": unknown key "{place}{key}": {hint}')
 
 
-def _first(error: ValidationError) -> str:
+def _first(error: ValidationError, owner: type = Task) -> str:
     """The first mistake, as key, value and what is allowed."""
     e = error.errors()[0]
     ours = {"extra": "metadata.peftzoo", "version": "metadata.version"}
-    key = ".".join(
-        [ours.get(str(e["loc"][0]), str(e["loc"][0])), *map(str, e["loc"][1:])] if e["loc"] else ["file"]
-    )
+    place = e["loc"] if owner is Task else ("extra", *e["loc"])
+    key = ".".join([ours.get(str(place[0]), str(place[0])), *map(str, place[1:])] if place else ["file"])
     if e["type"] == "extra_forbidden":
-        known = _fields(e["loc"])
+        known = _fields(e["loc"], owner)
         return f'unknown key "{key}": {nearest(str(e["loc"][-1]), known) or "allowed: " + ", ".join(known)}'
     given = f" (given: {e['input']!r})" if e["type"] != "missing" and not isinstance(e["input"], dict) else ""
     return f"key {key}: {e['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _fields(loc: tuple[Any, ...]) -> list[str]:
-    owners = {"extra": Extra, "head": HeadSpec, "embedded": Embedded, "settings": Settings, "cut": Cut}
-    return list(owners.get(str(loc[-2]) if len(loc) > 1 else "", Task).model_fields)
+def _fields(loc: tuple[Any, ...], owner: type) -> list[str]:
+    owners = {"extra": Extra, "head": HeadSpec, "embedded": Embedded, "settings": Settings, "cut": Cut,
+              "protocols": Protocol, "train": Training}  # fmt: skip
+    above = next((str(name) for name in reversed(loc[:-1]) if str(name) in owners), "")
+    return list(owners.get(above, owner).model_fields)
 
 
 def generator(task: Task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -48,7 +49,7 @@ class Embedded(_Strict):
     """The generator of rows with the data set's own columns, and how many rows of each split."""
 
     rows: str = Field(pattern=r"^peftzoo\.benchmarks\.[a-z0-9_.]+:[a-z0-9_]+$")
-    train: int = Field(ge=1)
+    train: int | None = Field(None, ge=1)
     test: int = 0
     validation: int = 0
     fewshot: int = 0
@@ -68,8 +69,34 @@ class Cut(_Strict):
 Metric = Annotated[str, BeforeValidator(_as_metric)]
 
 
-class Extra(_Strict):
-    """The block `metadata.peftzoo`."""
+class Protocol(_Strict):
+    """Which state of a training run is reported: the best of several by the score on some rows."""
+
+    choose: Literal["scored"] | Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+    """The scored rows themselves; or so many of them, or such a share, drawn by the run's seed: then the
+    others are reported."""
+    average: Literal["mean", "median"] = "mean"
+    """Over seeds, on boards."""
+
+
+class Training(_Strict):
+    """Another data set to train on, and how its rows become prompts and answers, where not as the task's."""
+
+    dataset_path: str
+    dataset_name: str | None = None
+    split: str = "train"
+    doc_to_text: str | None = None
+    doc_to_target: str | None = None
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The task's keys that hold for these rows."""
+        given = {"doc_to_text": self.doc_to_text, "doc_to_target": self.doc_to_target}
+        return {k: v for k, v in given.items() if v is not None}
+
+
+class About(_Strict):
+    """What a task and a group that is trained together say of themselves."""
 
     suite: str = Field(pattern=r"^[a-z0-9-]+$")
     title: str
@@ -77,13 +104,34 @@ class Extra(_Strict):
     """What is asked, in the words of a system prompt: for methods that write weights from a description."""
     paper: str = ""
     protocol: str = Field(pattern=r"^[a-z0-9-]+$")
+    protocols: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Protocol] = {}
+    """Others that may be asked for, by name."""
+    train: tuple[Training, ...] = ()
+    """In place of its own training rows: the first of these that the source has (embedded rows: none)."""
+    settings: Settings = Settings()
+
+
+class Together(About):
+    """The block `metadata.peftzoo` of a group whose tasks are trained together and scored one by one."""
+
+    embedded: Settings = Settings()
+
+
+class Extra(About):
+    """The block `metadata.peftzoo` of a task."""
+
     causal: Literal["generate", "choice", "head"]
     head: HeadSpec | None = None
     metric: Metric
     also: tuple[Metric, ...] = ()
     cut: Cut | None = None
+    mirror: tuple[str, str] | None = None
+    """Data set and configuration in a local mirror, where the Hub has the same rows under another name."""
+    stand_in: dict[str, str] = {}
+    """Split of a local mirror that is read where another has no file."""
+    overlap: Literal["refuse", "record"] = "refuse"
+    """What becomes of scored rows whose text is among the training rows."""
     embedded: Embedded | None = None
-    settings: Settings = Settings()
 
     @model_validator(mode="after")
     def _head(self) -> Extra:
@@ -116,7 +164,7 @@ class Task(BaseModel):
     dataset_path: str
     dataset_name: str | None = None
     output_type: Literal["generate_until", "multiple_choice"]
-    training_split: str
+    training_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
     fewshot_split: str | None = None
@@ -145,9 +193,10 @@ class Task(BaseModel):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Every split that is read: trained on, scored, and shown in the prompt."""
+        """Every split that is read: scored, shown in the prompt, trained on."""
         shown = (self.fewshot_split,) if self.num_fewshot and self.fewshot_split else ()
-        return tuple(dict.fromkeys((self.training_split, self.eval_split, *shown)))
+        trained = (self.training_split,) if self.training_split else ()
+        return tuple(dict.fromkeys((*trained, self.eval_split, *shown)))
 
     def view(self, causal: bool) -> str:
         """How a model is scored: `generate`, `choice` or `head`."""
@@ -178,7 +227,29 @@ class Task(BaseModel):
         cut = self.extra.cut
         if cut and (foreign := {*self.splits} - {*cut.parts, cut.rest}):
             raise ValueError(f'split "{min(foreign)}" is not among those that cut makes')
+        if self.training_split and self.extra.embedded and not self.extra.embedded.train:
+            raise ValueError("metadata.peftzoo.embedded.train is missing: how many rows to train on")
         return self
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one run trains on and is scored on: a task, or the tasks of a group that is trained together."""
+
+    name: str
+    version: float
+    about: About
+    tasks: tuple[Task, ...]
+
+    @property
+    def words(self) -> str:
+        """What is asked, in words."""
+        return self.about.description or (self.tasks[0].words if len(self.tasks) == 1 else self.about.title)
+
+    def settings(self, embedded: bool) -> Settings:
+        """The recommended settings, for embedded rows or for others."""
+        made = self.about.embedded
+        return (getattr(made, "settings", None) or made) if embedded else self.about.settings
 
 
 HARNESS = """

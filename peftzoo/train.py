@@ -88,7 +88,8 @@ class Loop:
 
     `on_step(step, total, loss, tokens_per_second)` follows the progress. With `save_to`, the state is
     written every `save_every` steps and picked up again by the next run. `order` gives the rows of each step
-    in the place of a plan made from the seed; `before(rows)` is called as each step begins.
+    in the place of a plan made from the seed; `before(rows)` is called as each step begins, `look(step)`
+    after each step in `looks`, off the clock.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class Loop:
         save_every: int = 50,
         order: list[list[int]] | None = None,
         before: Callable[[list[int]], None] = lambda rows: None,
+        looks: Sequence[int] = (),
+        look: Callable[[int], None] = lambda step: None,
     ) -> None:
         from transformers import get_scheduler
 
@@ -116,6 +119,7 @@ class Loop:
             save_every,
         )
         self.seed, self.batches, self.before = seed, order or self._plan(seed), before
+        self.looks, self.look = frozenset(looks), look
         optimizer = attached.optimizer(config.lr, config.head_lr)
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.module, self.optimizer = Trainable(attached), optimizer
@@ -151,6 +155,9 @@ class Loop:
         ):
             for step in range(start + 1, total + 1):
                 self._step(step, total)
+                if step in self.looks:
+                    with peak.paused(), energy.paused():
+                        self._look(step)
                 if self.save_to and step % self.save_every == 0 and step < total:
                     self._save(step)
         self.attached.model.eval()
@@ -159,6 +166,16 @@ class Loop:
         out.memory["gradients"] = sum(p.numel() * p.element_size() for p in self.params)
         out.energy_joules = energy.joules
         return out
+
+    def _look(self, step: int) -> None:
+        """Let the caller see the state as it is; nothing of it reaches the training."""
+        self.attached.model.eval()
+        self.attached.adapter.eval()
+        with torch.random.fork_rng():
+            if self.accelerator.is_main_process:
+                self.look(step)
+        self.accelerator.wait_for_everyone()
+        self.module.train()
 
     def _step(self, step: int, total: int) -> None:
         measure.synchronize(self.accelerator.device)

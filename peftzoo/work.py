@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftzoo import batches, evaluate, files, measure, models, prune, store
+from peftzoo import batches, choose, data, evaluate, files, measure, models, prune, retention, store
 from peftzoo.attached import Attached, attach
 from peftzoo.errors import UserError
+from peftzoo.material import Part
 from peftzoo.plan import Plan
 from peftzoo.search import Search
+from peftzoo.task import Task
 from peftzoo.train import Loop, NonFinite, Training
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """progress(stage, done, total, values): stage is `load`, `train` or `score`."""
+
+
+CHECKED = 64
+"""Rows on which a merged adapter is scored unmerged too."""
 
 
 class Work:
@@ -28,18 +34,17 @@ class Work:
                  tracker: Any, accelerator: Any) -> None:  # fmt: skip
         self.plan, self.loaded, self.record, self.out, self.say = plan, loaded, record, out, say
         self.accelerator, self.tracker = accelerator, tracker if accelerator.is_main_process else None
-        self.lm_task = None
-        if not (plan.view == "head" and not loaded.causal):
-            self.lm_task = evaluate.harness_task(plan.task, plan.rows, plan.max_new_tokens)
+        self.prompted = loaded.causal or plan.view != "head"
 
     def do(self, fresh: bool) -> list[dict[str, Any]]:
         """Train, save, score; only the main process saves and scores. `fresh`: not from a checkpoint."""
         plan, record, r, accelerator = self.plan, self.record, self.plan.request, self.accelerator
-        tokenizer, examples = self.loaded.tokenizer, self.examples(plan.rows.train)
+        tokenizer, examples = self.loaded.tokenizer, self.lessons()
         self.loaded.model.to(accelerator.device)
         if plan.pruning:
             share = prune.prune(self.loaded.model, plan.pruning, lambda: self.sample(examples))
             record.sparsity["pruned"] = round(share, 6)
+        self.remember("base_loss")
         attached = attach(
             self.loaded.model, plan.adapter, seed=r.seed, tokenizer=tokenizer,
             head=self.loaded.head_names if plan.cls.trains else (), batches=lambda: self.sample(examples),
@@ -49,12 +54,16 @@ class Work:
             facts = {"method", "task", "model", "seed", "method_config", "train_config"}
             self.tracker.start(record.name, record.model_dump(mode="json", include=facts))
         checkpoint = self.out / "checkpoints" / f"{record.id}-s{r.seed}.safetensors"
+        kept = checkpoint.with_suffix(".best.safetensors")
         if fresh and accelerator.is_main_process:
             checkpoint.unlink(missing_ok=True)
+            kept.unlink(missing_ok=True)
         accelerator.wait_for_everyone()
+        looks = choose.points(plan.config.steps, len(examples), plan.config.batch_size) if plan.choice else []
+        best = choose.Best(kept, attached, lambda: self.chosen_by(accelerator.device))
         loop = (Search if plan.cls.searches else Loop)(
             attached, examples, plan.config, pad=tokenizer.pad_token_id, accelerator=accelerator, seed=r.seed,
-            on_step=self.step, save_to=checkpoint,
+            on_step=self.step, save_to=checkpoint, looks=looks, look=best,
         )  # fmt: skip
         try:
             self.fill(loop.run())
@@ -63,10 +72,15 @@ class Work:
             raise
         outcomes = []
         if accelerator.is_main_process:
+            if best.scores:
+                best.restore()
+                record.chosen = {"step": best.chosen, "scores": best.scores}
             folder = self.out / "adapters" / f"{record.id}-s{r.seed}"
             record.adapter_bytes = files.save(attached, folder, **self.card())
             outcomes = self.score(attached, accelerator.device)
+            self.remember("loss")
             checkpoint.unlink(missing_ok=True)
+            kept.unlink(missing_ok=True)
         accelerator.free_memory()
         return outcomes
 
@@ -74,12 +88,12 @@ class Work:
         """End the tracked curve, whatever became of the run."""
         if self.tracker:
             r = self.record
-            value = r.score.value if r.score else None
+            value = r.result.value if r.result else None
             self.tracker.finish({"status": r.status, "score": value, "trainable_params": r.trainable_params})
 
     def card(self) -> dict[str, Any]:
         """What a saved adapter says of the run it comes from."""
-        facts = {"model": self.loaded.name, "task": self.plan.task.name, "prune": self.plan.request.prune}
+        facts = {"model": self.loaded.name, "task": self.plan.course.name, "prune": self.plan.request.prune}
         return facts | ({"target": asdict(self.scale)} if self.plan.view == "head" else {})
 
     def step(self, step: int, total: int, loss: float, rate: float) -> None:
@@ -92,29 +106,45 @@ class Work:
     @cached_property
     def scale(self) -> evaluate.Scale:
         """Mean and spread of the training rows' targets, for a regression head."""
-        spec = self.plan.task.extra.head
-        if spec.kind == "classification":
+        spec, lessons = self.plan.head, self.plan.material.lessons
+        if spec.kind == "classification" or not lessons:
             return evaluate.Scale()
-        targets = torch.tensor(self.plan.rows.train[spec.label], dtype=torch.float64)
+        targets = [t for lesson in lessons for t in lesson.rows[lesson.task.extra.head.label]]
+        targets = torch.tensor(targets, dtype=torch.float64)
         return evaluate.Scale(float(targets.mean()), float(targets.std(correction=0)) or 1.0)
 
-    def examples(self, rows: Any) -> batches.LazyExamples:
-        c, tokenizer = self.plan.config, self.loaded.tokenizer
+    def lessons(self) -> batches.LazyExamples:
+        """The examples to train on, of all lessons in turn."""
+        found: list[Any] = []
+        for lesson in self.plan.material.lessons:
+            make = self.maker(lesson.task, lesson.rows, lesson.shown)
+            found += [(make, lesson.rows, i) for i in range(len(lesson.rows))]
+        return batches.LazyExamples(found, lambda place: place[0](place[1][place[2]]))
+
+    def maker(self, task: Task, rows: Any, shown: Any) -> Callable[[dict[str, Any]], batches.Example]:
+        """What makes an example of one of these rows; `shown`: rows that its prompt shows."""
         if self.plan.view == "head":
-            return batches.LazyExamples(rows, self.head_example)
+            prompts = evaluate.harness_task(task, data.Rows(None, rows)) if self.prompted else None
+            return lambda row: self.head_example(row, task, prompts)
+        return self.text_maker(task, rows, shown, self.plan.config.train_on_prompt)
+
+    def text_maker(
+        self, task: Task, rows: Any, shown: Any, whole: bool
+    ) -> Callable[[dict[str, Any]], batches.Example]:
+        """Of a row's prompt and answer; `whole`: the loss falls on both."""
+        lm_task = evaluate.harness_task(task, data.Rows(None, rows, shown=shown))
+        tokenizer, longest = self.loaded.tokenizer, self.plan.config.max_length
 
         def make(row: dict[str, Any]) -> batches.Example:
-            prompt, answer = evaluate.prompt_and_answer(self.lm_task, row)
-            return batches.language_example(tokenizer, prompt, answer, c.max_length, c.train_on_prompt)
+            prompt, answer = evaluate.prompt_and_answer(lm_task, row)
+            return batches.language_example(tokenizer, prompt, answer, longest, whole)
 
-        return batches.LazyExamples(rows, make)
+        return make
 
-    def head_example(self, row: dict[str, Any]) -> batches.Example:
+    def head_example(self, row: dict[str, Any], task: Task, prompts: Any) -> batches.Example:
         """Encoders read the text columns as a pair; causal models read the task's prompt."""
-        spec = self.plan.task.extra.head
-        texts = tuple(str(row[c]) for c in spec.text)
-        if self.loaded.causal:
-            texts = (self.lm_task.doc_to_text(row),)
+        spec = task.extra.head
+        texts = (prompts.doc_to_text(row),) if prompts else tuple(str(row[c]) for c in spec.text)
         if spec.kind == "classification":
             target = int(row[spec.label])
         else:  # the head learns standardised targets: a fresh head starts at their mean
@@ -151,64 +181,104 @@ class Work:
         record.train_seconds = round(done.seconds, 3)
         record.energy_joules = done.energy_joules
 
+    def remember(self, key: str) -> None:
+        """The loss on general text, as the model stands."""
+        part = self.plan.general
+        if not part:
+            return
+        make = self.text_maker(part.task, part.rows.test, part.rows.shown, whole=True)
+        with self.autocast():
+            found, tokens = retention.loss(
+                self.loaded.model, [make(row) for row in part.rows.test], self.loaded.tokenizer.pad_token_id
+            )
+        facts = {"task": part.name, "rows": len(part.rows.test), "tokens": tokens, key: round(found, 6)}
+        self.record.retention = (self.record.retention or {}) | facts
+
+    def autocast(self) -> Any:
+        kind, on = next(self.loaded.model.parameters()).device.type, self.plan.config.precision == "bf16"
+        return torch.autocast(kind, torch.bfloat16, enabled=on)
+
     def score(self, attached: Attached, device: torch.device) -> list[dict[str, Any]]:
-        record = self.record
+        """Score merged where that is possible, then unmerged on the first rows only; else unmerged on all."""
+        record, whole = self.record, {p.name: p.rows.test for p in self.plan.parts}
         merge = attached.adapter.mergeable and bool(attached.sites)
         self.say("score", 0, 1 + merge, {})
         self.loaded.model.eval()
-        with measure.PeakMemory(device) as peak:
-            found = self.scores(device)
-        record.inference_memory = peak.bytes
-        record.score, record.latency = self.as_score(found), self.latency(device)
+        outcomes: list[dict[str, Any]] | None = None
         if merge:
-            self.say("score", 1, 2, {})
             try:
                 with attached.merged():
                     if self.plan.pruning:
                         record.sparsity["merged"] = round(prune.sparsity(self.loaded.model), 6)
-                    record.merged_score = self.as_score(self.scores(device))
-                    record.merged_latency = self.latency(device)
+                    found, outcomes = self.measured(whole, device)
+                    record.merged_score, record.merged_latency = found, self.latency(device)
             except UserError as error:  # two layers that share one weight
                 record.reason = f"not scored merged: {error}"
+            self.say("score", 1, 2, {})
+        if outcomes is None:
+            record.score, outcomes = self.measured(whole, device)
+        else:
+            few = -(-CHECKED // len(whole))
+            first = {name: rows.select(range(min(few, len(rows)))) for name, rows in whole.items()}
+            record.score = self.as_score(self.scores(first))
+        record.latency = self.latency(device)
         self.say("score", 1 + merge, 1 + merge, {})
-        return found.outcomes
+        return outcomes
 
-    def scores(self, device: torch.device) -> evaluate.Scores:
-        plan, loaded = self.plan, self.loaded
-        extra, size, precision = plan.task.extra, plan.request.eval_batch, plan.config.precision
+    def measured(
+        self, rows: dict[str, Any], device: torch.device
+    ) -> tuple[store.Score, list[dict[str, Any]]]:
+        """The score, and what it took of memory; outcomes name their task where there are several."""
+        with measure.PeakMemory(device) as peak:
+            found = self.scores(rows)
+        self.record.inference_memory = peak.bytes
+        several = len(found) > 1
+        outcomes = [({"task": n} if several else {}) | o for n, s in found.items() for o in s.outcomes]
+        return self.as_score(found), outcomes
+
+    def chosen_by(self, device: torch.device) -> float | None:
+        """The score on the rows by which a state is chosen."""
+        return self.as_score(self.scores({p.name: p.choosing for p in self.plan.parts})).value
+
+    def scores(self, rows: dict[str, Any]) -> dict[str, evaluate.Scores]:
+        """Of the model as it stands, on these rows of each task."""
+        return {p.name: self.part_scores(p, rows[p.name]) for p in self.plan.parts}
+
+    def part_scores(self, part: Part, rows: Any) -> evaluate.Scores:
+        plan, loaded, extra = self.plan, self.loaded, part.task.extra
+        size = plan.request.eval_batch
         if plan.view != "head":
+            given = replace(part.rows, test=rows)
+            lm_task = evaluate.harness_task(part.task, given, plan.max_new_tokens)
             return evaluate.language(
-                loaded.model, loaded.tokenizer, self.lm_task, size, precision, extra.metric
+                loaded.model, loaded.tokenizer, lm_task, size, plan.config.precision, extra.metric
             )
-        rows, names = self.examples(plan.rows.test), [extra.metric, *extra.also]
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return evaluate.head(
-                loaded.model,
-                [*rows],
-                names,
-                extra.head.kind,
-                self.scale,
-                loaded.tokenizer.pad_token_id,
-                size,
-            )
+        make, pad = self.maker(part.task, rows, None), loaded.tokenizer.pad_token_id
+        names = [extra.metric, *extra.also]
+        with self.autocast():
+            examples = [make(row) for row in rows]
+            return evaluate.head(loaded.model, examples, names, extra.head.kind, self.scale, pad, size)
 
-    def as_score(self, s: evaluate.Scores) -> store.Score:
-        extra = self.plan.task.extra
-        others = {k: v for k, v in s.metrics.items() if k != extra.metric}
-        return store.Score(
-            metric=extra.metric, value=s.metrics[extra.metric],
-            stderr=s.stderr.get(extra.metric), rows=s.rows,
-            unparsed=s.unparsed, others=others, seconds=round(s.seconds, 3),
-        )  # fmt: skip
+    def as_score(self, found: dict[str, evaluate.Scores]) -> store.Score:
+        """One task's score; of several, the plain mean of their main metrics, which stand beside it."""
+        parts = {}
+        for part in self.plan.parts:
+            s, metric = found[part.name], part.task.extra.metric
+            parts[part.name] = store.Score(
+                metric=metric, value=s.metrics[metric], stderr=s.stderr.get(metric), rows=s.rows,
+                unparsed=s.unparsed, others={k: v for k, v in s.metrics.items() if k != metric},
+                seconds=round(s.seconds, 3),
+            )  # fmt: skip
+        return store.mean(parts) if len(self.plan.course.tasks) > 1 else next(iter(parts.values()))
 
     def latency(self, device: torch.device) -> dict[str, float]:
         """On the first scored row's own prompt."""
-        row = self.plan.rows.test[0]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.plan.config.precision == "bf16"):
+        part = self.plan.parts[0]
+        row = part.rows.test[0]
+        with self.autocast():
             if self.plan.view == "head":
-                ids = torch.tensor([self.head_example(row).ids], device=device)
+                ids = torch.tensor([self.maker(part.task, part.rows.test, None)(row).ids], device=device)
                 return measure.forward_latency(self.loaded.model, ids)
-            ids = self.loaded.tokenizer(self.lm_task.doc_to_text(row), return_tensors="pt")["input_ids"].to(
-                device
-            )
+            prompt = evaluate.harness_task(part.task, part.rows).doc_to_text(row)
+            ids = self.loaded.tokenizer(str(prompt), return_tensors="pt")["input_ids"].to(device)
             return measure.generation_latency(self.loaded.model, ids)

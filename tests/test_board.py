@@ -42,10 +42,10 @@ def test_a_table_by_hand() -> None:
     ((facts, table),) = board.tables(records)
     assert facts["task"] == "sst2" and facts["steps"] == 100 and facts["rows"] == 10
     assert table["method"].tolist() == ["dora", "lora", "none"], "not the best first"
-    assert table["score"].tolist() == pytest.approx([0.9, 0.6, 0.1])
+    assert table["score"].tolist() == pytest.approx([0.8, 0.6, 0.1])
     assert table["seeds"].tolist() == [1, 3, 1] and table["trained"].tolist() == [1234, 1234, 0]
     assert table["step_ms"].tolist()[:2] == [10.0, 11.0] and np.isnan(table["step_ms"].iloc[2])
-    assert table["merged"].iloc[0] == 0.8 and np.isnan(table["merged"].iloc[1])
+    assert table["unmerged"].iloc[0] == 0.9 and np.isnan(table["unmerged"].iloc[1])
     assert table["memory_mib"].iloc[1] == 3.0
     text = board.markdown([(facts, table)])
     assert "| lora | 0.600 | 0.248 | 3 |  | 1,234 | 11.0 | 3 | 0.001 | r=8 |" in text

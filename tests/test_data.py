@@ -162,7 +162,7 @@ def test_strings_may_hold_any_line_separator(sst2) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc", "..", "a/../../b", "a\x00b", "~/x", "..\\x", ""])
-@pytest.mark.parametrize("key", ["dataset_path", "dataset_name", "training_split"])
+@pytest.mark.parametrize("key", ["dataset_path", "dataset_name", "validation_split"])
 def test_names_cannot_climb_out_of_the_mirror(tmp_path, key: str, name: str) -> None:
     inner = tmp_path / "mirror"
     inner.mkdir()

@@ -13,7 +13,7 @@ from peftzoo.run import run
 def score(method: str, out: Path) -> float:
     record, _, _ = run(Request(method=method, task="gsm8k"), out)
     assert record.status == "ok", record.reason
-    return record.score.value
+    return record.result.value
 
 
 @pytest.mark.slow

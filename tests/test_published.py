@@ -68,7 +68,7 @@ def plan(**given) -> Plan:
 def test_a_preset_sets_options_and_training():
     p = plan()
     assert (p.adapter.config.r, p.adapter.config.init, p.config.schedule) == (128, "pissa", "cosine")
-    assert p.config.steps == round(len(p.rows.train) / 128) and p.config.lr == 2e-5
+    assert p.config.steps == round(p.material.trained_rows / 128) and p.config.lr == 2e-5
     p = plan(options={"r": "4"}, train={"steps": 7, "lr": 1e-3})
     assert (p.adapter.config.r, p.config.steps, p.config.lr, p.config.batch_size) == (4, 7, 1e-3, 128)
     assert "--epochs" not in p.command() and "--steps 7" in p.command()
@@ -95,7 +95,7 @@ def test_a_tasks_own_options_reach_the_run():
 
 def test_epochs_become_steps():
     p = Plan(Request("lora", "gsm8k", train={"epochs": 0.5, "batch_size": 10}))
-    assert p.config.steps == round(0.05 * len(p.rows.train))
+    assert p.config.steps == round(0.05 * p.material.trained_rows)
 
 
 def test_unknown_preset_names_the_nearest():

@@ -60,7 +60,7 @@ def test_a_run_tells_its_tracker_everything(tmp_path) -> None:
     assert [h[1] for h in listening.heard[1:-1]] == [1, 2, 3] and listening.heard[1][2]["loss"] > 0
     assert listening.heard[-1][1] == {
         "status": "ok",
-        "score": record.score.value,
+        "score": record.result.value,
         "trainable_params": record.trainable_params,
     }
 

@@ -48,9 +48,9 @@ def library(common: dict, out: Path, steps: int, batch: int, tasks: tuple[str, .
 
 
 def score(record: Record) -> float:
-    if record.status != "ok" or record.score is None or record.score.value is None:
+    if record.status != "ok" or record.result is None or record.result.value is None:
         raise UserError(f"{record.name}: {record.status}, {record.reason}")
-    return record.score.value
+    return record.result.value
 
 
 def rows(common: dict, out: Path, options: dict, seeds: int, tasks: tuple[str, ...]) -> list[tuple]:
@@ -61,7 +61,7 @@ def rows(common: dict, out: Path, options: dict, seeds: int, tasks: tuple[str, .
         zero, few = (run(Request("none", t, **common), out)[0] for t in (five, f"bbh-fewshot-{task}"))
         asked = [Request("lorahub", five, seed=s, options=options, **common) for s in range(seeds)]
         hub = [run(request, out)[0] for request in asked]
-        answers = Plan(asked[0]).rows.test["target"]
+        answers = Plan(asked[0]).parts[0].rows.test["target"]
         most = Counter(answers).most_common(1)[0][1] / len(answers)
         found.append((task, score(zero), score(few), [score(r) for r in hub], most, len(answers)))
         print(f"{task}: {found[-1][1:]}", flush=True)

@@ -181,9 +181,9 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
 
 
 def _short(record: Any) -> str:
-    if record.score is None:
+    if record.result is None:
         return record.reason or ""
-    return f"{record.score.metric} {show.number(record.score.value)}"
+    return f"{record.result.metric} {show.number(record.result.value)}"
 
 
 def _report(done: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> None:
@@ -220,7 +220,7 @@ COLUMNS = (
     "seed",
     "score",
     "+-",
-    "merged",
+    "unmerged",
     "unparsed",
     "trained",
     "step ms",
@@ -236,9 +236,9 @@ def _row(r: Any) -> list[Any]:
 
     memory = r.memory.get("computed_total")
     return [
-        r.method, r.seed, f"{r.score.metric} {score(r.score)}" if r.score else r.status,
-        show.number(r.score.stderr) if r.score else "", score(r.merged_score),
-        show.number(r.score.unparsed, 2) if r.score else "", show.count(r.trainable_params),
+        r.method, r.seed, f"{r.result.metric} {score(r.result)}" if r.result else r.status,
+        show.number(r.result.stderr) if r.result else "", score(r.score) if r.merged_score else "",
+        show.number(r.result.unparsed, 2) if r.result else "", show.count(r.trainable_params),
         show.number(r.step_time.get("median_ms"), 1), show.number(r.tokens_per_second, 0),
         show.number(memory / 2**20 if memory else None, 0),
         show.number(r.latency.get("token_ms", r.latency.get("forward_ms")), 2),

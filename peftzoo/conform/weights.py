@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -194,3 +195,24 @@ def check_generate(case: Case) -> None:
     assert torch.equal(padded, single), (
         f"left padding changes the tokens: {padded.tolist()}, {single.tolist()}"
     )
+
+
+@check(archs=("llama",))
+def check_choices(case: Case) -> None:
+    """Continuations scored in one batch from prompts that they share score as each on its own."""
+    from peftzoo.lm import LanguageModel
+
+    model, g = _settled(case).model, torch.Generator().manual_seed(7)
+    prompts = [torch.randint(3, 50, (n,), generator=g).tolist() for n in (6, 3)]
+    asked = [
+        ("", prompt, torch.randint(3, 50, (n,), generator=g).tolist())
+        for prompt in prompts
+        for n in (1, 4, 2)
+    ]
+    words = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    found = LanguageModel(model, words, 6, None)._loglikelihood_tokens(asked)
+    for (_, prompt, said), (value, _) in zip(asked, found, strict=True):
+        with torch.no_grad():
+            logs = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        alone = logs.gather(-1, torch.tensor(said)[:, None]).sum()
+        assert_close(torch.tensor(value), alone, f"a continuation of {len(said)} tokens", 1e-4)

@@ -1,0 +1,151 @@
+"""The rows of a course: what is trained on, what is scored, and what the record says of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftzoo import data, overlap
+from peftzoo.data import NoRows, Rows
+from peftzoo.errors import UserError
+from peftzoo.task import Course, Protocol, Task
+
+
+@dataclass
+class Part:
+    """A scored task: rows that are reported, and rows by which a state of the run is chosen, if any."""
+
+    task: Task
+    rows: Rows
+    choosing: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+
+@dataclass
+class Lesson:
+    """Rows to train on (`datasets.Dataset`), the task whose prompts they get, and rows shown in these."""
+
+    task: Task
+    rows: Any
+    shown: Any = None
+
+
+@dataclass
+class Material:
+    """What a run trains on and is scored on."""
+
+    parts: list[Part]
+    lessons: list[Lesson]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained_rows(self) -> int:
+        return sum(len(lesson.rows) for lesson in self.lessons)
+
+    @property
+    def scored_rows(self) -> int:
+        return sum(len(part.rows.test) for part in self.parts)
+
+
+def load(course: Course, source: str, mirror: Path | None, trains: bool) -> Material:
+    """All rows of the course. A member that the source has no rows for is left out, and the record says so.
+
+    Raises `NoRows` where nothing is left, and `UserError` where a scored row is among the training rows and
+    the task does not allow for it.
+    """
+    together = len(course.tasks) > 1
+    parts, left_out = [], {}
+    for task in course.tasks:
+        try:
+            parts.append(Part(task, data.load(task, source, mirror, trains and not together)))
+        except NoRows as error:
+            if not together:
+                raise
+            left_out[task.name] = str(error)
+    if not parts:
+        raise NoRows(next(iter(left_out.values())))
+    lessons, train = _lessons(course, parts, source, mirror)
+    if trains and not lessons:
+        names = ", ".join(p.name for p in parts)
+        raise NoRows(
+            f'"{course.name}": the {source} source has no training rows for any of its tasks ({names}): '
+            "another --data FOLDER or --source, or --method none"
+        )
+    info = parts[0].rows.info if not together else _info(course, parts, lessons, train, left_out)
+    info |= _overlaps(parts, lessons)
+    return Material(parts, lessons, info)
+
+
+def _lessons(
+    course: Course, parts: list[Part], source: str, mirror: Path | None
+) -> tuple[list[Lesson], dict[str, Any] | None]:
+    """The members' training rows, those of one data set once; or a data set that holds the whole mix."""
+    if len(parts) > 1 and (found := data.elsewhere(parts[0].task, course.about.train, source, mirror)):
+        rows, info, prompts = found
+        return [Lesson(parts[0].task.model_copy(update=prompts), rows)], info
+    lessons: dict[Any, Lesson] = {}
+    for part in parts:
+        t, rows = part.task, part.rows
+        if rows.train is not None:
+            key = (t.dataset_path, t.dataset_name, t.training_split, str(rows.prompts), t.doc_to_text)
+            lessons.setdefault(key, Lesson(t.model_copy(update=rows.prompts), rows.train, rows.shown))
+    return [*lessons.values()], None
+
+
+def _info(course: Course, parts: list[Part], lessons: list[Lesson], train: dict[str, Any] | None,
+          left_out: dict[str, str]) -> dict[str, Any]:  # fmt: skip
+    files = {f"{p.name}/{s}": f for p in parts for s, f in p.rows.info["files"].items()}
+    info = {"source": parts[0].rows.info["source"], "id": course.name, "files": files}
+    info["parts"] = {p.name: {k: v for k, v in p.rows.info.items() if k != "files"} for p in parts}
+    info["trained_on"] = train or {lesson.task.name: len(lesson.rows) for lesson in lessons}
+    return info | ({"left_out": left_out} if left_out else {})
+
+
+def _overlaps(parts: list[Part], lessons: list[Lesson]) -> dict[str, Any]:
+    """Scored rows whose text is trained on or shown, per task where the task allows for it."""
+    seen = [overlap.texts(lesson.task, lesson.rows) for lesson in lessons]
+    found = {}
+    for part in parts:
+        shown = [overlap.texts(part.task, part.rows.shown)] if part.rows.shown is not None else []
+        rows = overlap.shared(overlap.texts(part.task, part.rows.test), [*seen, *shown])
+        if rows and part.task.extra.overlap == "refuse":
+            raise UserError(
+                f'task "{part.name}": the text of {len(rows)} of {len(part.rows.test)} scored rows (first: '
+                f"row {rows[0]}) is among the training rows: mend the data, or allow for it in the task file "
+                "(metadata.peftzoo.overlap: record)"
+            )
+        if rows:
+            found[part.name] = {"rows": len(rows), "of": len(part.rows.test)}
+    return {"overlap": found} if found else {}
+
+
+def choose_by(parts: list[Part], protocol: Protocol, seed: int) -> None:
+    """Set apart, in each part, the rows by which a state of the run is chosen."""
+    for part in parts:
+        rows, how = part.rows.test, protocol.choose
+        if how == "scored":
+            part.choosing = rows
+            continue
+        count = how if isinstance(how, int) else round(how * len(rows))
+        if not 0 < count < len(rows):
+            raise UserError(
+                f'task "{part.name}": {count} of {len(rows)} scored rows to choose by leave none: another '
+                "--protocol or more rows"
+            )
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        part.choosing = rows.select(sorted(order[:count]))
+        part.rows.test = rows.select(sorted(order[count:]))
+
+
+def limit(parts: list[Part], most: int) -> None:
+    """Keep only the first rows of each part."""
+    for part in parts:
+        part.rows.test = part.rows.test.select(range(min(most, len(part.rows.test))))
+        if part.choosing is not None:
+            part.choosing = part.choosing.select(range(min(most, len(part.choosing))))

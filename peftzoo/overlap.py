@@ -1,0 +1,32 @@
+"""Whether the text of a scored row is also among the rows that a model is trained on or shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peftzoo.task import Task
+
+
+def normalise(text: str) -> str:
+    """Lower case, letters and digits only, single spaces."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def texts(task: Task, rows: Any, prompts: dict[str, str] | None = None) -> list[str]:
+    """The question of each row, normalised: the columns that `doc_to_decontamination_query` names, else those
+    that `doc_to_text` names. `prompts` may replace keys of the task."""
+    from jinja2 import Environment, meta
+
+    keys = {"doc_to_text": task.doc_to_text} | (task.model_extra or {}) | (prompts or {})
+    asked = str(keys.get("doc_to_decontamination_query") or keys["doc_to_text"])
+    names = meta.find_undeclared_variables(Environment().parse(asked)) or {asked}
+    columns = [rows[name] for name in sorted(names & {*rows.column_names})]
+    return [normalise(" ".join(map(str, values))) for values in zip(*columns, strict=True)]
+
+
+def shared(scored: list[str], seen: Iterable[Iterable[str]]) -> list[int]:
+    """Numbers of the scored texts that were seen."""
+    known = {text for texts in seen for text in texts}
+    return [i for i, text in enumerate(scored) if text in known]

@@ -1,0 +1,139 @@
+"""Our answers to lm-eval's requests are its own, and cost less."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from peftzoo import models
+from peftzoo.lm import Continuation, LanguageModel, _families
+
+TEXT = "the dog has two red apples and gives one to Mia . how many are left ? she buys three boxes of pens"
+WORDS = TEXT.split()
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.load("embedded")
+
+
+@pytest.fixture(scope="module")
+def theirs(loaded):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4, backend="causal")
+
+
+def words(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+
+def choices(rng: random.Random, questions: int) -> list[SimpleNamespace]:
+    """As tasks make them: one prompt with several answers, answers of one token, several prompts with one
+    answer, no prompt, a space at the end."""
+    made = []
+    for _ in range(questions):
+        prompt, kind = words(rng, 2, 30), rng.randrange(5)
+        answers = [" " + words(rng, 1, 6) for _ in range(rng.randint(2, 4))]
+        if kind == 0:
+            pairs = [(prompt, a) for a in answers]
+        elif kind == 1:
+            pairs = [(prompt, a) for a in (" yes", " no")]
+        elif kind == 2:
+            pairs = [(prompt + a, " " + words(rng, 1, 3)) for a in answers]
+        elif kind == 3:
+            pairs = [("", a.strip()) for a in answers]
+        else:
+            pairs = [(prompt + " ", a.strip()) for a in answers]
+        made += [SimpleNamespace(args=pair) for pair in pairs]
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 5, 32])
+def test_likelihoods_are_lm_evals(loaded, theirs, size: int) -> None:
+    asked = choices(random.Random(), 12)
+    ours = LanguageModel(loaded.model, loaded.tokenizer, size, None).loglikelihood(asked)
+    for request, (value, said), (wanted, greedy) in zip(
+        asked, ours, theirs.loglikelihood(asked, disable_tqdm=True), strict=True
+    ):
+        assert value == pytest.approx(wanted, abs=2e-3), request.args
+        assert said == greedy, request.args
+
+
+def test_what_is_too_long_loses_its_beginning(loaded, theirs, monkeypatch) -> None:
+    rng = random.Random()
+    lm = LanguageModel(loaded.model, loaded.tokenizer, 4, None)
+    lm.max_length = 20
+    monkeypatch.setattr(theirs, "_max_length", 20)
+    prompt = words(rng, 40, 40)
+    asked = [SimpleNamespace(args=(prompt, " " + words(rng, n, n))) for n in (1, 4, 7)]
+    wanted = theirs.loglikelihood(asked, disable_tqdm=True)
+    assert [v for v, _ in lm.loglikelihood(asked)] == pytest.approx([v for v, _ in wanted], abs=2e-3)
+
+
+def test_a_shared_prompt_is_computed_once() -> None:
+    prompt = list(range(50))
+    asked = [Continuation(i, [*prompt, 60 + i, 61], 50) for i in range(4)]
+    (family,) = _families(asked, 32)
+    assert family.shared == 50 and family.tokens == 50 + 4
+    assert [len(f.members) for f in _families(asked, 3)] == [3, 1]
+    strangers = [Continuation(i, [i + 70, *prompt[i:], 60], 51 - i) for i in range(3)]
+    assert [f.shared for f in _families(strangers, 32)] == [51, 50, 49]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_answers_are_those_of_generate(loaded, size: int) -> None:
+    """Greedy, each up to its first stop string."""
+    rng, tokenizer, longest = random.Random(), loaded.tokenizer, 24
+    prompts = [f"Question: {words(rng, 4, 25)} ?\nAnswer:" for _ in range(8)]
+    stops = [["\n"], [rng.choice(WORDS)]][rng.randrange(2)]
+    how = {"until": stops, "max_gen_toks": longest, "do_sample": False}
+    asked = [SimpleNamespace(args=(prompt, how)) for prompt in prompts]
+    found = LanguageModel(loaded.model, tokenizer, size, None).generate_until(asked)
+    for prompt, text in zip(prompts, found, strict=True):
+        asked = tokenizer(prompt, return_tensors="pt")
+        whole = loaded.model.generate(**asked, do_sample=False, max_new_tokens=longest, pad_token_id=0)
+        wanted = tokenizer.decode(whole[0, asked["input_ids"].shape[1] :])
+        for stop in (*stops, tokenizer.eos_token):
+            wanted = wanted.split(stop)[0]
+        assert text == wanted
+
+
+def test_a_finished_row_leaves_the_batch(loaded, monkeypatch) -> None:
+    lm, sizes = LanguageModel(loaded.model, loaded.tokenizer, 8, None), []
+    whole = lm._forward
+
+    def forward(ids, *rest, **more):
+        sizes.append(len(ids))
+        return whole(ids, *rest, **more)
+
+    monkeypatch.setattr(lm, "_forward", forward)
+    rng = random.Random(1)
+    how = {"until": ["."], "max_gen_toks": 40, "do_sample": False}
+    lm.generate_until([SimpleNamespace(args=(words(rng, 3, 20), how)) for _ in range(8)])
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 8 and len(set(sizes)) > 1
+
+
+def test_every_end_token_of_the_model_ends_an_answer(loaded, monkeypatch) -> None:
+    prompt = "Question: how many apples are left ?\nAnswer:"
+    how = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    asked = [SimpleNamespace(args=(prompt, how))]
+    text = LanguageModel(loaded.model, loaded.tokenizer, 1, None).generate_until(asked)[0]
+    tokens = loaded.tokenizer.encode(prompt + text)[len(loaded.tokenizer.encode(prompt)) :]
+    end, at = tokens[-1], tokens.index(tokens[-1])
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", [loaded.tokenizer.eos_token_id, end])
+    short = LanguageModel(loaded.model, loaded.tokenizer, 1, None).generate_until(asked)[0]
+    assert short == loaded.tokenizer.decode(tokens[:at]) and len(short) < len(text)
+
+
+def test_no_prompt_is_longer_than_the_model_takes(loaded) -> None:
+    lm = LanguageModel(loaded.model, loaded.tokenizer, 2, None)
+    how = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
+    rng = random.Random()
+    long = words(rng, lm.max_length, lm.max_length)
+    short = loaded.tokenizer.decode(loaded.tokenizer.encode(long)[-(lm.max_length - 5) :])
+    one, two = lm.generate_until([SimpleNamespace(args=(text, how)) for text in (long, short)])
+    assert one == two and torch.is_tensor(loaded.model.lm_head.weight)
