@@ -54,6 +54,8 @@ def shuffled(n: int, seed: int, epochs: int) -> list[int]:
 
 def plan(lengths: list[int], steps: int, batch_size: int, seed: int) -> list[list[int]]:
     """Which examples each step sees: shuffled rows, sorted by length within windows."""
+    if not steps:
+        return []
     order = shuffled(len(lengths), seed, -(-steps * batch_size // len(lengths)))[: steps * batch_size]
     batches: list[list[int]] = []
     g = torch.Generator().manual_seed(seed + 1)

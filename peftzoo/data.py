@@ -85,14 +85,10 @@ def choose(source: str | None, model: str, mirror: Path | None, named: bool = Fa
 def load(task: suite.Task, source: str, mirror: Path | None = None, trains: bool = True) -> Rows:
     """Rows of the task's training split, of the split that is scored, and of the one shown in the prompt.
 
-    Raises `NoRows` where the source lacks them; training rows may be missing unless the run `trains`.
+    Raises `NoRows` where the source lacks them; training rows may be missing unless the run `trains`. A task
+    that is only scored has none.
     """
     other = elsewhere(task, task.extra.train, source, mirror)
-    if trains and not (task.training_split or other):
-        raise NoRows(
-            f'task "{task.name}" has no training rows: it is scored in a group (peftzoo list tasks), or with '
-            "--method none"
-        )
     own = task.training_split
     spare = (own,) if own and (other or not trains) and own != task.eval_split else ()
     if source == "embedded":

@@ -72,10 +72,9 @@ def load(course: Course, source: str, mirror: Path | None, trains: bool) -> Mate
         raise NoRows(next(iter(left_out.values())))
     lessons, train = _lessons(course, parts, source, mirror)
     if trains and not lessons:
-        names = ", ".join(p.name for p in parts)
         raise NoRows(
-            f'"{course.name}": the {source} source has no training rows for any of its tasks ({names}): '
-            "another --data FOLDER or --source, or --method none"
+            f'"{course.name}" has no training rows ({source} source): score it with --method none, run a '
+            "group that it is in (peftzoo list tasks), or take another --source or --data FOLDER"
         )
     info = parts[0].rows.info if not together else _info(course, parts, lessons, train, left_out)
     info |= _overlaps(parts, lessons)
@@ -86,7 +85,7 @@ def _lessons(
     course: Course, parts: list[Part], source: str, mirror: Path | None
 ) -> tuple[list[Lesson], dict[str, Any] | None]:
     """The members' training rows, those of one data set once; or a data set that holds the whole mix."""
-    if len(parts) > 1 and (found := data.elsewhere(parts[0].task, course.about.train, source, mirror)):
+    if len(course.tasks) > 1 and (found := data.elsewhere(parts[0].task, course.about.train, source, mirror)):
         rows, info, prompts = found
         return [Lesson(parts[0].task.model_copy(update=prompts), rows)], info
     lessons: dict[Any, Lesson] = {}

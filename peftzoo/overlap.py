@@ -10,18 +10,19 @@ from peftzoo.task import Task
 
 
 def normalise(text: str) -> str:
-    """Lower case, letters and digits only, single spaces."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """Lower case, without the marks of sentences, single spaces; brackets and operators stay."""
+    return " ".join(re.sub(r"[.,;:!?'\"]", " ", text.lower()).split())
 
 
 def texts(task: Task, rows: Any, prompts: dict[str, str] | None = None) -> list[str]:
     """The question of each row, normalised: the columns that `doc_to_decontamination_query` names, else those
     that `doc_to_text` names. `prompts` may replace keys of the task."""
-    from jinja2 import Environment, meta
+    from jinja2 import meta
+    from lm_eval.utils import env
 
     keys = {"doc_to_text": task.doc_to_text} | (task.model_extra or {}) | (prompts or {})
     asked = str(keys.get("doc_to_decontamination_query") or keys["doc_to_text"])
-    names = meta.find_undeclared_variables(Environment().parse(asked)) or {asked}
+    names = meta.find_undeclared_variables(env.parse(asked)) or {asked}
     columns = [rows[name] for name in sorted(names & {*rows.column_names})]
     return [normalise(" ".join(map(str, values))) for values in zip(*columns, strict=True)]
 

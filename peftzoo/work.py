@@ -74,7 +74,7 @@ class Work:
         if accelerator.is_main_process:
             if best.scores:
                 best.restore()
-                record.chosen = {"step": best.chosen, "scores": best.scores}
+                record.chosen = {"step": best.chosen, "scores": {str(k): v for k, v in best.scores.items()}}
             folder = self.out / "adapters" / f"{record.id}-s{r.seed}"
             record.adapter_bytes = files.save(attached, folder, **self.card())
             outcomes = self.score(attached, accelerator.device)

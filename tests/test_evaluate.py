@@ -105,7 +105,9 @@ def test_there_is_one_outcome_per_row_and_filter(monkeypatch) -> None:
 
 
 GENERATED = [
-    t for t in map(suite.get, suite.tasks()) if t.extra.embedded and t.output_type == "generate_until"
+    t
+    for t in map(suite.get, suite.tasks())
+    if t.extra.embedded and t.training_split and t.output_type == "generate_until"
 ]
 
 

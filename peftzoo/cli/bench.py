@@ -21,6 +21,7 @@ def bench(
     task: str = typer.Option(..., "--task", "-t", help="Tasks or groups, with commas, all, or a .yaml file."),
     model: str = typer.Option("embedded", help="embedded, an alias, a Hub id or a folder."),
     seeds: str = typer.Option("0", "--seeds", "--seed", help="Seeds, with commas."),
+    protocol: str = typer.Option(None, help="Another protocol of the task (peftzoo show TASK)."),
     preset: str = typer.Option(None, help="A published setting of the method (peftzoo show METHOD)."),
     set_: list[str] = show.SET,
     steps: int = typer.Option(None, help="Optimiser steps (default: the task's)."),
@@ -39,6 +40,7 @@ def bench(
     limit: int = typer.Option(None, help="Score only the first rows."),
     eval_batch: int = typer.Option(32, min=1, help="Rows per scoring batch."),
     prune: str = typer.Option(None, help="Prune the base model first: magnitude:0.5, wanda:0.5, wanda:2:4."),
+    retention: str = typer.Option(None, metavar="TASK", help="Loss on this task's text, before and after."),
     data: str = typer.Option(None, help="Folder of a local data mirror (or PEFTZOO_DATA)."),
     source: str = typer.Option(None, help="embedded, mirror or hub."),
     out: Path = typer.Option(Path("results"), help="Folder for records."),
@@ -64,15 +66,15 @@ def bench(
         "train_on_prompt": train_on_prompt or None,
     }  # fmt: skip
     common = {
-        "model": model, "preset": preset,
+        "model": model, "protocol": protocol, "preset": preset,
         "train": {k: v for k, v in train.items() if v is not None},
         "precision": _precision(precision), "source": source, "data": data, "limit": limit,
-        "max_new_tokens": max_new_tokens, "eval_batch": eval_batch, "prune": prune,
+        "max_new_tokens": max_new_tokens, "eval_batch": eval_batch, "prune": prune, "retention": retention,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     tracker(track)
     named = show.names(task, suite.tasks(), "task")
-    groups = {name: suite.groups()[name] for name in named if name in suite.groups()}
+    groups = {name: tuple(suite.expand([name])) for name in named if suite.expand([name]) != [name]}
     chosen = show.names(method, methods(), "method")
     given = show.parse_set(set_, chosen)
     requests = [

@@ -31,12 +31,28 @@ def list_(
     if json:
         show.as_json(rows)
         return
-    columns = list(rows[0])
-    shown = [[", ".join(map(str, c)) if isinstance(c, list) else _cell(c) for c in r.values()] for r in rows]
+    columns = [c for c in rows[0] if c not in UNSHOWN.get(what, ())]
+    shown = [[_cell(r[c]) for c in columns] for r in rows]
     show.table(f"{len(rows)} {what}", columns, shown, right=("parameters", "embedded_rows", "lr"))
+    if what == "tasks":
+        _groups()
+
+
+UNSHOWN = {"tasks": ("title", "causal", "head", "sources", "suite")}
+"""Columns of the JSON that `peftzoo show NAME` has too, and that would not fit on a screen."""
+
+
+def _groups() -> None:
+    from peftzoo import suite
+
+    apart = {name: suite.expand([name]) for name in suite.groups()}
+    words = [f"{name} ({len(members)})" for name, members in apart.items() if members != [name]]
+    print(f"Groups whose tasks are run one by one: {', '.join(words)}.\nMore of each: peftzoo show NAME")
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if isinstance(value, bool):
         return "yes" if value else ""
     return f"{value:,}" if isinstance(value, int) else value
@@ -58,20 +74,25 @@ def methods() -> list[dict[str, Any]]:
 def tasks() -> list[dict[str, Any]]:
     from peftzoo import suite
 
-    found = []
-    for name in suite.tasks():
-        t = suite.get(name)
-        e = t.extra
-        sources = ["hub", "mirror"] + (["embedded"] if e.embedded else [])
-        rows = None
-        if e.embedded:
-            rows = e.embedded.test if t.eval_split == t.test_split else e.embedded.validation
-        found.append({
-            "name": name, "suite": e.suite, "title": e.title, "metric": e.metric, "protocol": e.protocol,
-            "causal": e.causal, "head": e.head.kind if e.head else None, "embedded_rows": rows,
-            "sources": sources,
-        })  # fmt: skip
-    return found
+    together = [name for name in suite.groups() if suite.expand([name]) == [name]]
+    return [_course(suite.course(name)) for name in sorted([*suite.tasks(), *together])]
+
+
+def _course(course: Any) -> dict[str, Any]:
+    """A task, or the tasks of a group that is trained together, as one row."""
+    about, members = course.about, course.tasks
+    metric = members[0].extra.metric if len(members) == 1 else f"mean of {len(members)} tasks"
+    made = [t for t in members if t.extra.embedded]
+    rows = sum(
+        t.extra.embedded.test if t.eval_split == t.test_split else t.extra.embedded.validation for t in made
+    )
+    heads = {t.extra.head.kind for t in members if t.extra.head}
+    return {
+        "name": course.name, "suite": about.suite, "title": about.title, "metric": metric,
+        "protocol": [about.protocol, *about.protocols], "causal": members[0].extra.causal,
+        "head": "/".join(sorted(heads)) or None, "embedded_rows": rows or None,
+        "sources": ["hub", "mirror"] + (["embedded"] if made else []),
+    }  # fmt: skip
 
 
 def models() -> list[dict[str, Any]]:
@@ -133,10 +154,16 @@ def _plain(value: Any) -> Any:
 
 
 def _show_group(name: str, members: tuple[str, ...], json: bool) -> None:
+    from peftzoo import suite
+
+    about = suite.course(name).about.model_dump(mode="json") if suite.expand([name]) == [name] else {}
     if json:
-        show.as_json({"group": name, "tasks": list(members)})
+        show.as_json({"group": name, "tasks": list(members), **about})
         return
-    print(f"{name}: {len(members)} tasks\n\n" + "\n".join(members))
+    how = "trained together, one model for all" if about else "run one by one"
+    print(f"{name}: {len(members)} tasks, {how}\n\n" + "\n".join(members))
+    if rows := [(k, v) for k, v in about.items() if v not in (None, "", [], {})]:
+        show.table("Together", ("key", "value"), rows)
     print(f"\nTry: peftzoo bench --method lora --task {name}")
 
 
