@@ -14,7 +14,7 @@ from scipy import stats
 from peftzoo.store import Record
 
 BUDGET = ("steps", "batch_size", "recipe")
-SHARED = ("task", "task_version", "model", "weights", "source", "data", "protocol", "view", "rows",
+SHARED = ("task", "task_version", "model", "weights", "source", "data", "protocol", "average", "view", "rows",
           "max_length", "max_new_tokens", "prune", "metric", "precision", "measure_version", "device",
           *BUDGET)  # fmt: skip
 """What runs of one table have in common; `weights` and `data` are short digests of what the record names."""
@@ -33,7 +33,8 @@ def _row(r: Record) -> dict[str, Any]:
     return {
         "task": r.task, "task_version": r.task_version, "model": r.model, "weights": _digest(r.model_source),
         "source": _word(r.data.get("source")), "data": _digest([r.data.get("id"), r.data.get("files")]),
-        "protocol": r.protocol, "view": r.view, "rows": _real(r.data.get("scored_rows")),
+        "protocol": r.protocol, "average": r.average, "view": r.view,
+        "rows": _real(r.data.get("scored_rows")),
         "max_length": _real(t.get("max_length")), "max_new_tokens": r.max_new_tokens,
         "prune": r.prune, "precision": _word(t.get("precision")), "measure_version": r.measure_version,
         "device": _word(r.environment.get("device")),
@@ -95,10 +96,12 @@ def _summary(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (method, _), group in runs.groupby(["method", "id"], sort=False):
         scores = group["score"].dropna()
+        median = group["average"].iloc[0] == "median"
         rows.append({
             "method": method, "options": group["config"].iloc[0], "lr": group["lr"].iloc[0],
-            "metric": group["metric"].iloc[0], "score": scores.mean(),
-            "ci95": interval(scores.tolist()), "seeds": len(scores), "unmerged": group["unmerged"].mean(),
+            "metric": group["metric"].iloc[0], "score": scores.median() if median else scores.mean(),
+            "ci95": None if median else interval(scores.tolist()), "seeds": len(scores),
+            "unmerged": group["unmerged"].mean(),
             "trained": _plain(group["trained"].iloc[0]), "step_ms": group["step_ms"].median(),
             "memory_mib": group["memory_mib"].median(),
         })  # fmt: skip
@@ -136,10 +139,11 @@ def markdown(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> str:
     for facts, table in found:
         metric = escape(facts["metric"] or "score")
         head = f"## {facts['task']} on {facts['model']} ({facts['source']} data, {facts['protocol']})"
+        head += ", median over seeds" if facts["average"] == "median" else ""
         line = ", ".join(
             f"{k.replace('_', ' ')} {_plain(v)}"
             for k, v in facts.items()
-            if v is not None and k not in ("task", "model", "source", "protocol", "metric")
+            if v is not None and k not in ("task", "model", "source", "protocol", "metric", "average")
         )
         shown = pd.DataFrame({
             "method": table["method"].map(escape), metric: table["score"].map(lambda v: _number(v, 3)),

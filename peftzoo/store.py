@@ -57,6 +57,7 @@ class Record(BaseModel):
     seed: Count
     suite: str
     protocol: str
+    average: Literal["mean", "median"] = Field("mean", description="over seeds, as the protocol has it")
     view: Literal["generate", "choice", "head"]
     task_version: float
     method_config: dict[str, Any]

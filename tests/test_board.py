@@ -52,6 +52,13 @@ def test_a_table_by_hand() -> None:
     assert "| none | 0.100 |  | 1 |  | 0 |  |  |" in text
 
 
+def test_a_protocol_may_ask_for_the_median() -> None:
+    records = [make("lora", s, v, protocol="best", average="median") for s, v in enumerate((0.1, 0.6, 0.7))]
+    ((facts, table),) = board.tables(records)
+    assert table["score"].tolist() == [0.6] and table["ci95"].isna().all()
+    assert "best), median over seeds" in board.markdown([(facts, table)])
+
+
 @pytest.mark.parametrize("n", [2, 3, 10])
 def test_the_interval_is_scipys(n: int) -> None:
     scores = np.random.default_rng(n).normal(size=n)

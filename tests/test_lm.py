@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peftzoo import models
+from peftzoo import data, evaluate, models, suite
 from peftzoo.lm import Continuation, LanguageModel, _families
 
 TEXT = "the dog has two red apples and gives one to Mia . how many are left ? she buys three boxes of pens"
@@ -137,3 +137,33 @@ def test_no_prompt_is_longer_than_the_model_takes(loaded) -> None:
     short = loaded.tokenizer.decode(loaded.tokenizer.encode(long)[-(lm.max_length - 5) :])
     one, two = lm.generate_until([SimpleNamespace(args=(text, how)) for text in (long, short)])
     assert one == two and torch.is_tensor(loaded.model.lm_head.weight)
+
+
+SAME = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "openbookqa", "boolq", "social_iqa",
+        "bbh-fewshot-navigate", "bbh-fewshot-object_counting")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_scores_are_lm_evals_own(loaded, theirs, name: str) -> None:
+    """Its whole evaluation with its own model class on one side, our scoring on the other."""
+    from lm_eval.evaluator import evaluate as whole
+
+    task = suite.get(name)
+    rows = data.load(task, "embedded")
+    rows.test = rows.test.select(random.Random().sample(range(len(rows.test)), 12))
+    lm_task = evaluate.harness_task(task, rows, max_new_tokens=6)
+    ours = evaluate.language(loaded.model, loaded.tokenizer, lm_task, 5)
+    given = {
+        "tasks": {name: evaluate.harness_task(task, rows, max_new_tokens=6)},
+        "groups": {},
+        "group_map": {},
+    }
+    found = whole(theirs, given, bootstrap_iters=0, log_samples=True)
+    wanted = {k.removesuffix(",none"): v for k, v in found["results"][name].items() if "stderr" not in k}
+    assert ours.metrics == {k: pytest.approx(wanted[k]) for k in ours.metrics} and ours.metrics
+    answers = {(s["doc_id"], s["filter"]): s["filtered_resps"] for s in found["samples"][name]}
+    for o in ours.outcomes:
+        answer = answers[o["row"], o["filter"]]
+        if task.output_type == "multiple_choice":
+            answer = pytest.approx([v for v, _ in answer], abs=2e-3)
+        assert o["answer"] == answer
