@@ -38,11 +38,13 @@ def attach(
     head: tuple[str, ...] = (),
     tokenizer: Any = None,
     batches: Callable | None = None,
+    install: bool = True,
     **options: Any,
 ) -> Attached:
     """Freeze `model`, put the method's parts around its sites, and return the handle.
 
     `head` names parameters of a fresh head that the engine trains beside the method and counts apart.
+    `install=False` leaves the model as it is until `Attached.on`, so that several handles may share it.
     `options` are the fields of the method's `Config`. Raises `UserError` for an unknown method or option.
     """
     if isinstance(method, str):
@@ -55,7 +57,7 @@ def attach(
     ctx = Context(model, seed, tokenizer, batches)
     if method.needs_data and batches is None and not ctx.meta:
         raise UserError(f'method "{method.name}" reads data before training: pass batches= to attach()')
-    return Attached(ctx, method, head)
+    return Attached(ctx, method, head, install)
 
 
 Kept = tuple[nn.Module, Tensor, nn.Parameter | None, Tensor | None]
@@ -65,7 +67,9 @@ Kept = tuple[nn.Module, Tensor, nn.Parameter | None, Tensor | None]
 class Attached:
     """A model with a method on it. `model` is used as before; the trained tensors are in `adapter`."""
 
-    def __init__(self, ctx: Context, adapter: Adapter, head: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, ctx: Context, adapter: Adapter, head: tuple[str, ...] = (), install: bool = True
+    ) -> None:
         self.model, self.adapter, self.seed = ctx.model, adapter, ctx.seed
         params = dict(ctx.model.named_parameters())
         if foreign := [n for n in head if n not in params]:
@@ -75,6 +79,8 @@ class Attached:
         self._wrapped: list[tuple[nn.Module, Callable | None, Callable]] = []
         try:
             self._place(ctx, params, head)
+            if install:
+                self._install()
         except Exception:
             self._thaw()
             raise
@@ -100,7 +106,6 @@ class Attached:
             adapter.to(next(iter(params.values())).device)
         if adapter.trains and not self.parameters():
             raise UserError(f'method "{adapter.name}" finds nothing to train in {type(ctx.model).__name__}')
-        self._install()
 
     def _thaw(self) -> None:
         for p in self.model.parameters():
@@ -209,6 +214,15 @@ class Attached:
             yield self.model
         finally:
             self._install()
+
+    @contextmanager
+    def on(self) -> Iterator[nn.Module]:
+        """The model with the parts inside a `with`, for a handle made with `install=False`."""
+        self._install()
+        try:
+            yield self.model
+        finally:
+            self._uninstall()
 
     # -- merging ------------------------------------------------------------------------------------
 

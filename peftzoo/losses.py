@@ -30,10 +30,20 @@ def summed(model: nn.Module, batch: dict[str, Tensor], keeps_logits: bool) -> Te
 
 def _language(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, keeps_logits: bool) -> Tensor:
     """Cross-entropy of the next token, over logits from the first target on, not over the whole prompt."""
-    first = int((labels != IGNORE).any(0).nonzero()[0]) if (labels != IGNORE).any() else labels.shape[1] - 1
     if keeps_logits:
-        inputs["logits_to_keep"] = labels.shape[1] - max(first - 1, 0)
-    logits = model(**inputs).logits  # (B, kept, V)
+        inputs["logits_to_keep"] = _kept(labels)
+    return _cross_entropy(model(**inputs).logits, labels)
+
+
+def _kept(labels: Tensor) -> int:
+    """How many logits from the end on the labels (B, T) need."""
+    wanted = labels != IGNORE
+    first = int(wanted.any(0).nonzero()[0]) if wanted.any() else labels.shape[1] - 1
+    return labels.shape[1] - max(first - 1, 0)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed over the labels that count; logits (B, kept, V) of the last positions."""
     targets = labels[:, -logits.shape[1] :][:, 1:]
     wanted = targets != IGNORE
     return F.cross_entropy(logits[:, :-1][wanted].float(), targets[wanted], reduction="sum")
@@ -42,3 +52,18 @@ def _language(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, keeps
 def takes_logits_to_keep(model: nn.Module) -> bool:
     """Whether this architecture can compute the logits of the last positions alone."""
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+
+def by_slice(model: nn.Module, batch: dict[str, Tensor], counts: list[int]) -> tuple[list[Tensor], list[int]]:
+    """One forward pass of a language model over rows of several runs, `counts` of each in turn: the summed
+    loss of each run, and what it is divided by."""
+    labels = batch["labels"]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if takes_logits_to_keep(model):
+        inputs["logits_to_keep"] = _kept(labels)
+    logits = model(**inputs).logits
+    sums, numbers = [], []
+    for own, said in zip(logits.split(counts), labels.split(counts), strict=True):
+        sums.append(_cross_entropy(own, said))
+        numbers.append(int((said[:, 1:] != IGNORE).sum()))
+    return sums, numbers

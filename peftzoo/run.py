@@ -4,38 +4,52 @@ from __future__ import annotations
 
 import gc
 import re
+import statistics
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from peftzoo import measure, models, store
 from peftzoo.errors import UserError
+from peftzoo.pack import unfit
 from peftzoo.plan import Plan, Request
-from peftzoo.train import NonFinite
+from peftzoo.train import Loop, NonFinite
 from peftzoo.work import Progress, Work
+
+if TYPE_CHECKING:
+    from peftzoo.packed import PackLoop
+
+Done = tuple[store.Record, Path, bool]
 
 
 def run(request: Request, out: Path, *, force: bool = False, progress: Progress | None = None,
-        tracker: Any = None, accelerator: Any = None) -> tuple[store.Record, Path, bool]:  # fmt: skip
+        tracker: Any = None, accelerator: Any = None, patience: float = -1) -> Done:  # fmt: skip
     """Do one run. Returns the record, its file, and whether it was made now (False: it was there already).
 
     A run that breaks down gives a record with status `failed`; Ctrl-C gives `cancelled` and is raised on.
+    While another program does the same run, this one waits; `Busy` after `patience` seconds (-1: never).
     """
-    say = progress or (lambda *_: None)
-    plan = Plan(request)
+    say, plan = progress or (lambda *_: None), Plan(request)
+    record, accelerator = blank(plan), accelerator or _accelerator()
     say("load", 0, 1, {})
-    loaded = _load(plan)
-    record = _blank(plan, loaded)
-    target = store.path(out, record)
-    accelerator = accelerator or _accelerator()
-    there = target.is_file() and not force
-    accelerator.wait_for_everyone()  # no process writes before all have looked
-    if there:
-        return store.read(target), target, False
-    work = Work(plan, loaded, record, out, say, tracker, accelerator)
+    with _alone(out, record, patience) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()  # the others look when the main process may write
+        target = store.path(out, record)
+        there = target.is_file() and not force
+        accelerator.wait_for_everyone()  # no process writes before all have looked
+        if there:
+            return store.read(target), target, False
+        return _do(Work(plan, _load(plan), record, out, say, tracker, accelerator), force)
+
+
+def _do(work: Work, force: bool) -> Done:
+    out, record, accelerator = work.out, work.record, work.accelerator
     outcomes: list[dict[str, Any]] = []
     try:
         outcomes = work.do(fresh=force)
@@ -44,7 +58,7 @@ def run(request: Request, out: Path, *, force: bool = False, progress: Progress 
     except NonFinite as error:
         record.status, record.reason = "failed", str(error)
     except (KeyboardInterrupt, Exception) as error:
-        record.status, record.reason = _why(error)
+        record.status, record.reason = why(error)
         if isinstance(error, KeyboardInterrupt) or accelerator.num_processes > 1:
             _write(out, record, [], accelerator)
             raise  # several processes: the others wait for this one, so the launcher has to end them
@@ -53,15 +67,133 @@ def run(request: Request, out: Path, *, force: bool = False, progress: Progress 
         del work
         gc.collect()  # model and parts refer to each other: without this a sweep piles them up
     target = _write(out, record, outcomes, accelerator)
+    if record.status == "ok" and accelerator.is_main_process:
+        _tidy(out, record)
     accelerator.wait_for_everyone()
     return (store.read(target) if accelerator.is_main_process else record), target, True
 
 
+class Busy(Exception):
+    """Another program is doing the same run."""
+
+
+@contextmanager
+def _alone(out: Path, record: store.Record, patience: float) -> Iterator[None]:
+    """Hold the run's lock, which its holder's end gives back however it ends, and remove what was half-written.
+
+    Raises `Busy` when the lock is not free after `patience` seconds.
+    """
+    place = out / "locks" / f"{record.id}-s{record.seed}.lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(place, timeout=patience):
+            if store.path(out, record).is_file():
+                _tidy(out, record)
+            for folder in (store.path(out, record).parent, out / "checkpoints", _adapter(out, record)):
+                for half in folder.glob(f".*{'' if folder == _adapter(out, record) else place.stem}*.tmp"):
+                    half.unlink(missing_ok=True)
+            yield
+    except Timeout:
+        raise Busy(record.name) from None
+
+
+def _adapter(out: Path, record: store.Record) -> Path:
+    return out / "adapters" / f"{record.id}-s{record.seed}"
+
+
+def _tidy(out: Path, record: store.Record) -> None:
+    """Of a run on record, remove what it would have gone on from."""
+    for ending in (".safetensors", ".best.safetensors"):
+        (out / "checkpoints" / f"{record.id}-s{record.seed}{ending}").unlink(missing_ok=True)
+
+
+def fail(request: Request, out: Path, reason: str) -> tuple[store.Record, Path]:
+    """Record a run that broke off where it could not tell itself."""
+    record = blank(Plan(request))
+    record.status, record.reason = "failed", reason
+    store.supersede(out, record)
+    return record, store.write(out, record)
+
+
+def run_pack(requests: list[Request], out: Path, *, force: bool = False, progress: Progress | None = None,
+             accelerator: Any = None) -> list[Done]:  # fmt: skip
+    """Do several runs of one model and task in one pack; those that cannot share the base follow one by one.
+
+    A run that is on record is not repeated. A run that breaks down leaves the pack, and the others go on; a
+    pack that is interrupted starts again.
+    """
+    from peftzoo.packed import PackLoop
+
+    say, plans = progress or (lambda *_: None), [Plan(r) for r in requests]
+    _alike(plans)
+    say("load", 0, 1, {})
+    loaded, accelerator = _load(plans[0]), accelerator or _accelerator()
+    works, found = [], {}
+    for place, plan in enumerate(plans):
+        record = blank(plan, loaded)
+        target = store.path(out, record)
+        if target.is_file() and not force:
+            found[place] = store.read(target), target, False
+            continue
+        work = Work(plan, loaded, record, out, lambda *_: None, None, accelerator)
+        loop = work.prepare(fresh=True, install=False)
+        if not (plan.choice or unfit(work.attached)):
+            works.append((place, work, loop))
+    packed = PackLoop(
+        [loop for _, _, loop in works],
+        lambda step, total, loss, rate: say("train", step, total, {"loss": loss, "tokens_per_second": rate}),
+    ) if len(works) > 1 else None  # fmt: skip
+    if packed:
+        packed.run()
+        for number, (place, work, loop) in enumerate(works):
+            say("score", number, len(works), {})
+            found[place] = _finished(work, loop, packed, number, out)
+    for place, request in enumerate(requests):
+        if place not in found:
+            found[place] = run(request, out, force=force, progress=progress, accelerator=accelerator)
+    return [found[place] for place in range(len(requests))]
+
+
+def _finished(work: Work, loop: Loop, packed: PackLoop, number: int, out: Path) -> Done:
+    record, outcomes = work.record, []
+    work.fill(loop.out)
+    record.memory = {}  # a single run's share is not known
+    step = statistics.median(packed.step_seconds) * 1e3
+    record.packed = {"runs": len(packed.loops), "step_ms": round(step, 3)} | {
+        k: v for k, v in packed.memory.items() if v is not None
+    }
+    if number in packed.broken:
+        record.status, record.reason = "failed", packed.broken[number]
+    else:
+        try:
+            with work.attached.on():
+                outcomes = work.finish()
+        except Exception as error:
+            record.status, record.reason = why(error)
+    target = store.write(out, record, outcomes)
+    return store.read(target), target, True
+
+
+def _alike(plans: list[Plan]) -> None:
+    """Raise `UserError` unless these runs may share a model and a task."""
+    for plan in plans[1:]:
+        for what, of in (("model", lambda p: p.request.model), ("task", lambda p: p.course.name),
+                         ("precision", lambda p: p.config.precision), ("source", lambda p: p.source),
+                         ("pruning", lambda p: p.request.prune)):  # fmt: skip
+            if of(plan) != of(plans[0]):
+                raise UserError(
+                    f'a pack has one {what}: "{of(plans[0])}" and "{of(plan)}" cannot be in the same one'
+                )
+
+
 def _write(out: Path, record: store.Record, outcomes: list[dict[str, Any]], accelerator: Any) -> Path:
-    return store.write(out, record, outcomes) if accelerator.is_main_process else store.path(out, record)
+    if not accelerator.is_main_process:
+        return store.path(out, record)
+    store.supersede(out, record)
+    return store.write(out, record, outcomes)
 
 
-def _why(error: BaseException) -> tuple[str, str]:
+def why(error: BaseException) -> tuple[str, str]:
     """Status and reason of a run that broke off; the reason names our innermost line, and no folder."""
     if isinstance(error, KeyboardInterrupt):
         return "cancelled", "interrupted by the user"
@@ -77,22 +209,24 @@ def _load(plan: Plan) -> models.Loaded:
     return models.load(r.model, head=head, seed=r.seed, trust_remote_code=r.trust_remote_code)
 
 
-def _blank(plan: Plan, loaded: models.Loaded) -> store.Record:
+def blank(plan: Plan, named: models.Named | models.Loaded | None = None) -> store.Record:
+    """The record of a run as it begins."""
     r, course = plan.request, plan.course
+    named = named or models.named(r.model)
     return store.Record(
         measure_version=measure.MEASURE_VERSION,
-        id=plan.identity(loaded.source),
-        name=f"{r.method}/{course.name}/{loaded.name}/s{r.seed}",
+        id=plan.identity(named.source),
+        name=f"{r.method}/{course.name}/{named.name}/s{r.seed}",
         status="ok",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        method=r.method, task=course.name, model=loaded.name, seed=r.seed, suite=course.about.suite,
+        method=r.method, task=course.name, model=named.name, seed=r.seed, suite=course.about.suite,
         protocol=plan.protocol, average=plan.choice.average if plan.choice else "mean",
         view=plan.view, task_version=course.version,
         method_config=plan.adapter.config.model_dump(mode="json"),
         train_config=plan.config.model_dump(mode="json"),
-        model_source=loaded.source, data=plan.material.info | {"scored_rows": plan.material.scored_rows},
+        model_source=named.source, data=plan.material.info | {"scored_rows": plan.material.scored_rows},
         prune=r.prune, max_new_tokens=plan.max_new_tokens if plan.view == "generate" else None,
-        environment=measure.environment(), command=plan.command(),
+        tuning=r.tuning, environment=measure.environment(), command=plan.command(),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from peftzoo.errors import UserError
 from peftzoo.files import write_atomically
@@ -92,6 +92,9 @@ class Record(BaseModel):
     resumed_at: Count = 0
     memory: dict[str, Count | None] = {}
     inference_memory: dict[str, Count | None] = {}
+    packed: dict[str, float | int] | None = Field(
+        None, description="runs that trained in one pack, and the pack's step time: no single run's is known"
+    )
     step_time: dict[str, float | None] = {}
     tokens_per_second: float | None = None
     train_seconds: float | None = None
@@ -100,9 +103,24 @@ class Record(BaseModel):
     energy_joules: float | None = None
     environment: dict[str, Any]
     command: str
+    tuning: dict[str, Any] | None = Field(
+        None, description="the search on held-out training rows that chose the options, and its budget"
+    )
     examples: dict[str, str] | None = Field(
         None, description="side file with per-row outcomes, and its sha256"
     )
+    loss_curve: list[float] | None = Field(
+        None, description="training loss: means over at most 50 equal stretches of the steps"
+    )
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="of all the rest, as JSON with sorted keys and no spaces"
+    )
+    _file: Path | None = PrivateAttr(None)
+
+    @property
+    def file(self) -> Path | None:
+        """Where it was read from or written to."""
+        return self._file
 
     @property
     def result(self) -> Score | None:
@@ -146,26 +164,48 @@ def path(out: Path, record: Record) -> Path:
 
 
 def write(out: Path, record: Record, outcomes: list[dict[str, Any]] | None = None) -> Path:
-    """Write the record and, beside it, the compressed outcomes; both atomically, the record last."""
+    """Write the record and, beside it, the compressed outcomes; both atomically, the record last.
+
+    The record gets the checksums of both.
+    """
     target = path(out, record)
     if outcomes:
         lines = "\n".join(json.dumps(o, sort_keys=True) for o in outcomes).encode()
         data = gzip.compress(lines, mtime=0)
         side = target.with_suffix(".examples.jsonl.gz")
         write_atomically(side, data)
-        record = record.model_copy(
-            update={"examples": {"file": side.name, "sha256": hashlib.sha256(data).hexdigest()}}
-        )
+        record.examples = {"file": side.name, "sha256": hashlib.sha256(data).hexdigest()}
+    record.sha256, record._file = seal(json.loads(record.model_dump_json())), target
     write_atomically(target, (record.model_dump_json(indent=1) + "\n").encode())
     return target
 
 
+def supersede(out: Path, record: Record) -> None:
+    """Remove what an earlier try of the same run left among the failed and cancelled ones."""
+    for status in FOLDERS.keys() - {"ok", record.status}:
+        path(out, record.model_copy(update={"status": status})).unlink(missing_ok=True)
+
+
+def seal(document: dict[str, Any]) -> str:
+    """The checksum of a record's document: of all but the checksum itself."""
+    rest = {k: v for k, v in document.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def read(file: Path) -> Record:
-    """One record, checked. Raises `UserError` naming the file and what is wrong."""
+    """One record, checked; one without a checksum is older than these. Raises `UserError` naming the file and
+    what is wrong, and for one that was changed after it was written."""
     try:
         raw = json.loads(file.read_bytes(), parse_constant=_finite, parse_float=_finite)
         json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair could not be shown
-        return Record.model_validate(raw)
+        record = Record.model_validate(raw)
+        if record.sha256 not in (None, seal(raw)):
+            raise UserError(
+                f"{file}: not a record as it was written: its sha256 is another; restore it, or make it anew "
+                "(--force)"
+            )
+        record._file = file
+        return record
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the document"

@@ -182,17 +182,7 @@ class Loop:
         begin = time.perf_counter()
         self.before(self.batches[step - 1])
         loss, tokens = self._fitting(lambda: self._accumulate(self.batches[step - 1]))
-        if not math.isfinite(loss):
-            raise NonFinite(f"loss is {loss} at step {step}")
-        adapter = self.attached.adapter
-        adapter.after_backward(step, total)
-        norm = float(self.accelerator.clip_grad_norm_(self.params, self.config.clip))
-        if not math.isfinite(norm):
-            raise NonFinite(f"gradient norm is {norm} at step {step}")
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        adapter.after_step(step, total)
+        self.update(step, loss)
         measure.synchronize(self.accelerator.device)
         seconds = time.perf_counter() - begin
         out = self.out
@@ -204,6 +194,20 @@ class Loop:
             out.counted_tokens += tokens
         if self.on_step:
             self.on_step(step, total, loss, tokens / seconds)
+
+    def update(self, step: int, loss: float) -> None:
+        """The optimiser's step with the gradients that are there. Raises `NonFinite`."""
+        adapter, total = self.attached.adapter, self.config.steps
+        if not math.isfinite(loss):
+            raise NonFinite(f"loss is {loss} at step {step}")
+        adapter.after_backward(step, total)
+        norm = float(self.accelerator.clip_grad_norm_(self.params, self.config.clip))
+        if not math.isfinite(norm):
+            raise NonFinite(f"gradient norm is {norm} at step {step}")
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        adapter.after_step(step, total)
 
     def _fitting(self, work: Callable[[], Any]) -> Any:
         """Do `work`; if it runs out of memory, halve the micro-batch, measure it anew and start over."""

@@ -38,51 +38,66 @@ class Work:
 
     def do(self, fresh: bool) -> list[dict[str, Any]]:
         """Train, save, score; only the main process saves and scores. `fresh`: not from a checkpoint."""
-        plan, record, r, accelerator = self.plan, self.record, self.plan.request, self.accelerator
-        tokenizer, examples = self.loaded.tokenizer, self.lessons()
-        self.loaded.model.to(accelerator.device)
-        if plan.pruning:
-            share = prune.prune(self.loaded.model, plan.pruning, lambda: self.sample(examples))
-            record.sparsity["pruned"] = round(share, 6)
-        self.remember("base_loss")
-        attached = attach(
-            self.loaded.model, plan.adapter, seed=r.seed, tokenizer=tokenizer,
-            head=self.loaded.head_names if plan.cls.trains else (), batches=lambda: self.sample(examples),
-        )  # fmt: skip
-        self.count(attached)
-        if self.tracker:
-            facts = {"method", "task", "model", "seed", "method_config", "train_config"}
-            self.tracker.start(record.name, record.model_dump(mode="json", include=facts))
-        checkpoint = self.out / "checkpoints" / f"{record.id}-s{r.seed}.safetensors"
-        kept = checkpoint.with_suffix(".best.safetensors")
-        if fresh and accelerator.is_main_process:
-            checkpoint.unlink(missing_ok=True)
-            kept.unlink(missing_ok=True)
-        accelerator.wait_for_everyone()
-        looks = choose.points(plan.config.steps, len(examples), plan.config.batch_size) if plan.choice else []
-        best = choose.Best(kept, attached, lambda: self.chosen_by(accelerator.device))
-        loop = (Search if plan.cls.searches else Loop)(
-            attached, examples, plan.config, pad=tokenizer.pad_token_id, accelerator=accelerator, seed=r.seed,
-            on_step=self.step, save_to=checkpoint, looks=looks, look=best,
-        )  # fmt: skip
+        loop = self.prepare(fresh)
         try:
             self.fill(loop.run())
         except NonFinite:
             self.fill(loop.out)
             raise
-        outcomes = []
-        if accelerator.is_main_process:
+        return self.finish()
+
+    def prepare(self, fresh: bool, install: bool = True) -> Loop:
+        """Attach the method and get its training ready; `install=False` leaves the model as it is."""
+        plan, r, accelerator, tokenizer = (
+            self.plan,
+            self.plan.request,
+            self.accelerator,
+            self.loaded.tokenizer,
+        )
+        examples, model = self.lessons(), self.loaded.model.to(self.accelerator.device)
+        if plan.pruning:
+            share = prune.prune(model, plan.pruning, lambda: self.sample(examples))
+            self.record.sparsity["pruned"] = round(share, 6)
+        self.remember("base_loss")
+        self.attached = attached = attach(
+            model, plan.adapter, seed=r.seed, tokenizer=tokenizer, install=install,
+            head=self.loaded.head_names if plan.cls.trains else (), batches=lambda: self.sample(examples),
+        )  # fmt: skip
+        self.count(attached)
+        if self.tracker:
+            facts = {"method", "task", "model", "seed", "method_config", "train_config"}
+            self.tracker.start(self.record.name, self.record.model_dump(mode="json", include=facts))
+        self.checkpoint = self.out / "checkpoints" / f"{self.record.id}-s{r.seed}.safetensors"
+        self.kept = self.checkpoint.with_suffix(".best.safetensors")
+        if fresh and accelerator.is_main_process:
+            self.clean()
+        accelerator.wait_for_everyone()
+        looks = choose.points(plan.config.steps, len(examples), plan.config.batch_size) if plan.choice else []
+        self.best = choose.Best(self.kept, attached, lambda: self.chosen_by(accelerator.device))
+        return (Search if plan.cls.searches else Loop)(
+            attached, examples, plan.config, pad=tokenizer.pad_token_id, accelerator=accelerator, seed=r.seed,
+            on_step=self.step, save_to=self.checkpoint, save_every=r.save_every, looks=looks,
+            look=self.best,
+        )  # fmt: skip
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Save and score what was trained; the per-row outcomes, on the main process."""
+        outcomes, record, best = [], self.record, self.best
+        if self.accelerator.is_main_process:
             if best.scores:
                 best.restore()
                 record.chosen = {"step": best.chosen, "scores": {str(k): v for k, v in best.scores.items()}}
-            folder = self.out / "adapters" / f"{record.id}-s{r.seed}"
-            record.adapter_bytes = files.save(attached, folder, **self.card())
-            outcomes = self.score(attached, accelerator.device)
+            folder = self.out / "adapters" / f"{record.id}-s{record.seed}"
+            record.adapter_bytes = files.save(self.attached, folder, **self.card())
+            outcomes = self.score(self.attached, self.accelerator.device)
             self.remember("loss")
-            checkpoint.unlink(missing_ok=True)
-            kept.unlink(missing_ok=True)
-        accelerator.free_memory()
+        self.accelerator.free_memory()
         return outcomes
+
+    def clean(self) -> None:
+        """Remove what an interrupted run would go on from."""
+        self.checkpoint.unlink(missing_ok=True)
+        self.kept.unlink(missing_ok=True)
 
     def close(self) -> None:
         """End the tracked curve, whatever became of the run."""
@@ -171,6 +186,7 @@ class Work:
     def fill(self, done: Training) -> None:
         record, seconds = self.record, sum(done.step_seconds)
         record.final_loss = round(sum(done.losses[-10:]) / len(done.losses[-10:]), 6) if done.losses else None
+        record.loss_curve = measure.curve(done.losses)
         record.micro_batch, record.out_of_memory_halvings = done.micro_batch, done.halved
         record.resumed_at, record.memory = done.resumed_at, done.memory
         if done.memory.get("weights"):

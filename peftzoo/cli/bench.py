@@ -45,6 +45,7 @@ def bench(
     source: str = typer.Option(None, help="embedded, mirror or hub."),
     out: Path = typer.Option(Path("results"), help="Folder for records."),
     force: bool = typer.Option(False, help="Run again even if the record is there."),
+    pack: int = typer.Option(1, min=1, help="Runs of one task that train together on one copy of the model."),
     track: str = typer.Option("none", help="wandb, or none."),
     trust_remote_code: bool = typer.Option(False, help="Allow code that comes with a model."),
     plugin: list[str] = show.PLUGIN,
@@ -53,7 +54,7 @@ def bench(
     """Train and score each method on each task, write a record per run."""
     from peftzoo import suite
     from peftzoo.errors import UserError
-    from peftzoo.plan import Request
+    from peftzoo.plan import Request, check
     from peftzoo.registry import methods
     from peftzoo.track import tracker
 
@@ -73,6 +74,8 @@ def bench(
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     tracker(track)
+    if pack > 1 and track != "none":
+        raise UserError("--pack and --track: the curves of a pack are not sent; leave one of them out")
     named = show.names(task, suite.tasks(), "task")
     groups = {name: tuple(suite.expand([name])) for name in named if suite.expand([name]) != [name]}
     chosen = show.names(method, methods(), "method")
@@ -84,40 +87,15 @@ def bench(
         for s in _seeds(seeds)
     ]
     with redirect_stdout(sys.stderr):
-        requests = _checked(requests, out, skip="all" in (method, task) or bool(groups))
-        done = _all(requests, out, force, track)
+        show.folder(out)
+        requests, notes = check(requests, skip="all" in (method, task) or bool(groups))
+        for note in notes:
+            show.note(note)
+        done = _all(requests, out, force, track) if pack == 1 else _packs(requests, out, force, pack)
     if _is_main_process():
         _report(done, json, groups)
     if any(record.status != "ok" for record, _, _ in done):
         raise typer.Exit(1)
-
-
-def _checked(requests: list[Any], out: Path, skip: bool) -> list[Any]:
-    """Every mistake in a request shows before the first run starts.
-
-    `skip` (for `all` and groups): leave out, with a note, what does not go together with this model.
-    """
-    from peftzoo.errors import UserError
-    from peftzoo.plan import Plan
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--out "{out}": {error.strerror}') from None
-    unfit: dict[Any, UserError] = {}
-    for request in {(r.method, r.task): r for r in requests}.values():
-        try:
-            Plan(request).try_on()
-        except UserError as error:
-            if not skip:
-                raise
-            unfit[request.method, request.task] = error
-    fit = [r for r in requests if (r.method, r.task) not in unfit]
-    if not fit:
-        raise next(iter(unfit.values()))
-    for error in dict.fromkeys(map(str, unfit.values())):
-        show.note(f"skipped: {error}")
-    return fit
 
 
 def _precision(given: str) -> str:
@@ -179,6 +157,41 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
             if bar.disable and _is_main_process():  # a log file gets a line per run
                 show.note(f"{title}: {word}, {_short(record)}")
             done.append((record, path, new))
+    return done
+
+
+def _packs(requests: list[Any], out: Path, force: bool, size: int) -> list[Any]:
+    """Runs of one task and model in packs of `size`, with a line for each."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from peftzoo.run import run_pack
+
+    by_task: dict[str, list[Any]] = {}
+    for request in requests:
+        by_task.setdefault(request.task, []).append(request)
+    packs = [found[i : i + size] for found in by_task.values() for i in range(0, len(found), size)]
+    done, console = [], Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TimeElapsedColumn(), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        for pack in packs:
+            title = f"pack of {len(pack)} on {pack[0].task}"
+            line = bar.add_task(f"{title}: loading", total=1)
+
+            def follow(stage: str, step: int, total: int, values: dict[str, float],
+                       line: Any = line, title: str = title) -> None:  # fmt: skip
+                words = {"load": "loading", "train": "training", "score": "scoring"}[stage]
+                bar.update(line, description=f"{title}: {words}", completed=step, total=total)
+
+            found = run_pack(pack, out, force=force, progress=follow)
+            bar.update(line, description=f"{title}: done", completed=1, total=1)
+            for record, _, new in found:
+                word = record.status if new else "on record (--force runs it again)"
+                show.note(f"{record.name}: {word}, {_short(record)}")
+            done += found
     return done
 
 

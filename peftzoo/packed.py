@@ -1,0 +1,97 @@
+"""The training loop of a pack: each run keeps its own rows, loss, optimiser, schedule and clipping."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from peftzoo import losses, measure
+from peftzoo.attached import attach
+from peftzoo.batches import collate
+from peftzoo.errors import UserError
+from peftzoo.pack import Pack
+from peftzoo.train import Loop, NonFinite
+
+
+class PackLoop:
+    """Trains the runs of several loops together, step by step.
+
+    The handles of `loops` share one model and are not installed. A run that has taken its steps, or whose
+    loss is not finite, leaves the pack; `broken` says of which and why. Each run's losses are those it would
+    have alone. Time is that of the whole step: a single run's cannot be told apart.
+    """
+
+    def __init__(
+        self, loops: Sequence[Loop], on_step: Callable[[int, int, float, float], None] | None = None
+    ) -> None:
+        first = loops[0]
+        if any(loop.attached.model is not first.attached.model for loop in loops):
+            raise ValueError("the runs of a pack share one model")
+        if {loop.config.precision for loop in loops} != {first.config.precision}:
+            raise UserError("the runs of a pack share one precision: run bf16 and fp32 apart")
+        if any(loop.accelerator.num_processes > 1 for loop in loops):
+            raise UserError("a pack trains in one process: run it without accelerate launch")
+        self.loops, self.on_step, self.model = loops, on_step, first.attached.model
+        self.pack = Pack([loop.attached for loop in loops])
+        self.broken: dict[int, str] = {}
+        self.step_seconds: list[float] = []
+        self.tokens = 0
+        self.memory: dict[str, int | None] = {}
+
+    def run(self) -> None:
+        """Train all runs to their ends."""
+        first = self.loops[0]
+        device, total = first.accelerator.device, max(loop.config.steps for loop in self.loops)
+        handle = attach(self.model, self.pack)
+        try:
+            self.model.train()
+            with measure.PeakMemory(device) as peak:
+                for step in range(1, total + 1):
+                    if not (going := self._going(step)):
+                        break
+                    self._step(step, going, total)
+            self.memory = peak.bytes
+        finally:
+            handle.detach()
+            self.model.eval()
+            for loop in self.loops:
+                loop.attached.adapter.eval()
+
+    def _going(self, step: int) -> list[int]:
+        return [i for i, p in enumerate(self.loops) if step <= p.config.steps and i not in self.broken]
+
+    def _step(self, step: int, going: list[int], total: int) -> None:
+        device = self.loops[0].accelerator.device
+        measure.synchronize(device)
+        begin = time.perf_counter()
+        rows = {i: self.loops[i].batches[step - 1] for i in going}
+        examples = [self.loops[i].examples[n] for i in going for n in rows[i]]
+        batch = {k: t.to(device) for k, t in collate(examples, self.loops[0].pad).items()}
+        found = self._backward(batch, {i: len(n) for i, n in rows.items()})
+        for i in going:
+            try:
+                self.loops[i].update(step, found[i])
+                self.loops[i].out.losses.append(found[i])
+            except NonFinite as error:
+                self.broken[i] = str(error)
+                self.loops[i].optimizer.zero_grad()
+        measure.synchronize(device)
+        seconds, tokens = time.perf_counter() - begin, int(batch["attention_mask"].sum())
+        self.step_seconds.append(seconds)
+        self.tokens += tokens
+        if self.on_step:
+            known = [v for v in found.values() if math.isfinite(v)]
+            self.on_step(step, total, sum(known) / max(len(known), 1), tokens / seconds)
+
+    def _backward(self, batch: dict[str, torch.Tensor], counts: dict[int, int]) -> dict[int, float]:
+        """One forward and one backward pass; each run's mean loss."""
+        loop = self.loops[0]
+        with self.pack.rows([counts.get(i, 0) for i in range(len(self.loops))]), loop._autocast():
+            sums, numbers = losses.by_slice(self.model, batch, list(counts.values()))
+            means = {i: s / max(n, 1) for i, s, n in zip(counts, sums, numbers, strict=True)}
+            parts = [means[i] + self.loops[i].attached.adapter.penalty() for i in counts]
+            torch.autograd.backward([p for p in parts if torch.isfinite(p)])
+        return {i: float(m.detach()) for i, m in means.items()}
