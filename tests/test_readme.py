@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +45,27 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
     )
 
 
+def call(folder: Path, *words: str) -> SimpleNamespace:
+    """`peftzoo WORDS` in this process, where the libraries are loaded already; with plugins in a new one."""
+    if "--plugin" in words:
+        return run(folder, "-m", "peftzoo", *words)
+    from peftzoo import cli
+
+    out, err, here, argv = io.StringIO(), io.StringIO(), Path.cwd(), sys.argv
+    os.chdir(folder)
+    sys.argv = ["peftzoo", *words]
+    code: object = 0
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        os.chdir(here)
+        sys.argv = argv
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("readme")
@@ -62,16 +86,16 @@ def test_command(words: list[str], folder: Path) -> None:
         if alias in words and not fetch.intact(fetch.folder(alias)):
             pytest.skip(f"{alias} is not on this machine")
     if "--plugin" in words and not (folder / words[-1]).exists():  # the line before it in the README
-        run(folder, "-m", "peftzoo", "new-method", words[1])
+        call(folder, "new-method", words[1])
     needed = {"export": 1, "import": 2}.get(words[0], 0)
     for made, command in list(EARLIER.items())[:needed]:
         if not (folder / made).exists():
-            run(folder, "-m", "peftzoo", *command.split())
+            call(folder, *command.split())
     if "members=library/adapters" in words and not any((folder / "library").glob("adapters/*/adapter.json")):
         (library,) = (c[1:] for c in commands() if c[-2:] == ["--out", "library"])
-        made = run(folder, "-m", "peftzoo", *library, *SHORTER["bench"])
+        made = call(folder, *library, *SHORTER["bench"])
         assert made.returncode == 0, made.stderr
-    done = run(folder, "-m", "peftzoo", *words)
+    done = call(folder, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr
