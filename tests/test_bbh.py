@@ -15,6 +15,8 @@ import pytest
 from peftzoo import data, evaluate, suite
 from peftzoo.benchmarks.bbh import embedded, world
 from peftzoo.errors import UserError
+from tests import extraction
+from tests.extraction import read
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -25,28 +27,9 @@ VIEWS = ("bbh", "bbh-fewshot", "bbh-cot", "bbh-lorahub")
 # -- extraction -----------------------------------------------------------------------------------------
 
 
-def read(name: str, text: str) -> tuple[str, str]:
-    """What the strict and the lenient filter make of an output, through lm-eval's own filters."""
-    from lm_eval.filters import build_filter_ensemble
-
-    found = []
-    for entry in suite.get(name).filter_list:
-        (first, *_) = entry["filter"]
-        steps = [(first["function"], {k: v for k, v in first.items() if k != "function"})]
-        apply = build_filter_ensemble(entry["name"], steps).filters[0]().apply
-        found.append(next(iter(apply([[text]], [{}])))[0])
-    return tuple(found)
-
-
-def scores(name: str, text: str, target: str) -> tuple[bool, bool]:
-    """Whether the strict and the lenient score count an output as right, as lm-eval compares."""
-    from lm_eval.api.metrics import exact_match_hf_evaluate
-
-    task = suite.get(name)
-    (metric,) = task.metric_list
-    how = {k: metric[k] for k in ("regexes_to_ignore", "ignore_case")}
-    want = task.doc_to_target.replace("{{target}}", target)
-    return tuple(bool(exact_match_hf_evaluate([x], [want], **how)["exact_match"]) for x in read(name, text))
+def scores(name: str, text: str, target: str) -> tuple[bool, ...]:
+    """Whether the strict and the lenient score count an output as right."""
+    return extraction.scores(name, text, {"target": target})
 
 
 NO = evaluate.INVALID
@@ -437,6 +420,7 @@ def test_bench_runs_a_group_leaves_out_what_has_no_rows_and_says_the_mean(
 
     group = ("bbh-boolean_expressions", "bbh-snarks", "bbh-multistep_arithmetic_two")
     monkeypatch.setattr(suite, "_groups", lambda: {"few": group})
+    monkeypatch.setattr(suite, "_together", lambda name: None)
     words = "peftzoo bench --method none --task few --limit 2 --max-new-tokens 2 --precision fp32"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from peftzoo import metrics
 from peftzoo.errors import UserError
@@ -22,9 +22,9 @@ def numbers(seed: int, n: int = 60, noise: float = 1.0) -> tuple[list[float], li
     return (references + noise * rng.normal(size=n)).tolist(), references.tolist()
 
 
-def labels(seed: int, n: int = 60) -> tuple[list[float], list[float]]:
+def labels(seed: int, n: int = 60, kinds: int = 3) -> tuple[list[float], list[float]]:
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 3, n).astype(float).tolist(), rng.integers(0, 3, n).astype(float).tolist()
+    return rng.integers(0, kinds, n).astype(float).tolist(), rng.integers(0, kinds, n).astype(float).tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -41,7 +41,15 @@ def test_correlations_are_scipys(seed: int) -> None:
         assert found["spearman"] == pytest.approx(stats.spearmanr(p, r)[0])
 
 
-@pytest.mark.parametrize("name", ["pearson", "spearman"])
+@pytest.mark.parametrize("seed", range(5))
+def test_f1_and_mcc_are_scikit_learns(seed: int) -> None:
+    p, r = labels(seed, kinds=2)
+    assert metrics.compute(["f1"], p, r)["f1"] == pytest.approx(f1_score(r, p))
+    for q, s in ((p, r), labels(seed + 50), ([1 - x for x in r], r)):
+        assert metrics.compute(["mcc"], q, s)["mcc"] == pytest.approx(matthews_corrcoef(s, q))
+
+
+@pytest.mark.parametrize("name", ["mcc", "pearson", "spearman"])
 @pytest.mark.parametrize("constant", ["predictions", "references", "both"])
 def test_a_correlation_with_a_constant_is_none_and_silent(name: str, constant: str) -> None:
     p, r = numbers(0)
@@ -51,6 +59,15 @@ def test_a_correlation_with_a_constant_is_none_and_silent(name: str, constant: s
         warnings.simplefilter("error")
         assert metrics.compute([name], p, r) == {name: None}
         assert metrics.standard_error(name, p, r) is None
+    assert name in metrics.UNDEFINED
+
+
+def test_f1_of_constant_labels_is_scikit_learns_where_it_is_defined() -> None:
+    _, r = labels(0, kinds=2)
+    always, never = [1.0] * len(r), [0.0] * len(r)
+    assert metrics.compute(["f1"], always, r)["f1"] == pytest.approx(f1_score(r, always))
+    assert metrics.compute(["f1"], never, r) == {"f1": 0.0} == {"f1": f1_score(r, never)}
+    assert metrics.compute(["f1"], never, never) == {"f1": None} and "f1" in metrics.UNDEFINED
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -76,14 +93,28 @@ def test_the_error_of_an_accuracy_is_binomial(rate: float) -> None:
     assert metrics.standard_error("acc", p, [1.0] * n) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def agreeing(seed: int, n: int, share: float) -> tuple[list[float], list[float]]:
+    """Labels of which about this share agree."""
+    rng = np.random.default_rng(seed)
+    references = rng.random(n) < 0.4
+    return (references ^ (rng.random(n) > share)).astype(float).tolist(), references.astype(float).tolist()
+
+
+THEIRS = {
+    "pearson": lambda p, r: stats.pearsonr(p, r)[0],
+    "spearman": lambda p, r: stats.spearmanr(p, r)[0],
+    "f1": lambda p, r: f1_score(r, p),
+    "mcc": lambda p, r: matthews_corrcoef(r, p),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
 @pytest.mark.parametrize("noise", [0.3, 2.0])
-def test_the_error_of_a_correlation_is_that_of_a_large_bootstrap(name: str, noise: float) -> None:
-    p, r = numbers(1, 200, noise)
+def test_the_error_is_that_of_a_large_bootstrap(name: str, noise: float) -> None:
+    p, r = agreeing(1, 200, 1 - noise / 5) if name in ("f1", "mcc") else numbers(1, 200, noise)
     rng = np.random.default_rng(5)
-    function = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name]
-    draws = [rng.integers(0, 200, 200) for _ in range(3000)]
-    large = np.std([function(np.array(p)[d], np.array(r)[d])[0] for d in draws], ddof=1)
+    draws = [rng.integers(0, 200, 200) for _ in range(1000)]
+    large = np.std([THEIRS[name](np.array(p)[d], np.array(r)[d]) for d in draws], ddof=1)
     assert metrics.standard_error(name, p, r) == pytest.approx(large, rel=0.2)
 
 

@@ -56,7 +56,7 @@ def in_turn(**contenders: Callable[[], Any]) -> dict[str, float]:
 
 
 def generation(loaded: models.Loaded, asked: list[Any]) -> dict[str, float]:
-    """Ours twice: as it is, and with a stop string that no answer holds, so that all rows are as long as bare's."""
+    """Ours twice: as it is, and with a stop string that no answer holds: every row is as long as bare's."""
     endless = [_without_stops(r) for r in asked]
     lm, long = (LanguageModel(loaded.model, loaded.tokenizer, BATCH, None) for _ in range(2))
     long._ends = set()

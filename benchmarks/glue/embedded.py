@@ -26,7 +26,7 @@ PARTS = _words("plot acting script music pacing ending dialogue cast story humor
 KINDS = _words("film movie drama comedy thriller picture sequel")
 SOFT = _words("really truly rather quite very simply")
 
-_SHARES = {"test": (0, 20), "validation": (20, 35), "train": (35, 75), "reserve": (75, 100)}
+SHARES = {"test": (0, 20), "validation": (20, 35), "train": (35, 75), "reserve": (75, 100)}
 
 
 def normalise(text: str) -> str:
@@ -37,7 +37,7 @@ def normalise(text: str) -> str:
 def split_of(sentence: str) -> str:
     """The split a sentence belongs to."""
     place = zlib.crc32(normalise(sentence).encode()) % 100
-    return next(name for name, (low, high) in _SHARES.items() if low <= place < high)
+    return next(name for name, (low, high) in SHARES.items() if low <= place < high)
 
 
 def quality(rng: random.Random, good: bool) -> str:
@@ -109,8 +109,8 @@ def _agreeing(rng: random.Random, good: bool) -> str:
 
 def reviews(split: str, seed: int = 0) -> Iterator[tuple[str, int]]:
     """Sentences of one split with their label, without end, repeats included."""
-    if split not in _SHARES:
-        raise ValueError(f"no split {split!r}; there are {', '.join(_SHARES)}")
+    if split not in SHARES:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SHARES)}")
     rng = random.Random(f"sst2 {split} {seed}")
     while True:
         good = rng.random() < 0.5
@@ -224,8 +224,8 @@ def _changed(rng: random.Random, scene: Scene, forms: dict[str, int], count: int
 
 def pairs(split: str, seed: int = 0) -> Iterator[tuple[str, str, float]]:
     """Sentence pairs of one split with their rating, without end, repeats included."""
-    if split not in _SHARES:
-        raise ValueError(f"no split {split!r}; there are {', '.join(_SHARES)}")
+    if split not in SHARES:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SHARES)}")
     rng = random.Random(f"stsb {split} {seed}")
     while True:
         scene = _scene(rng)
