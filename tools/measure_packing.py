@@ -1,0 +1,94 @@
+"""Steps per second of several runs in one pack against the same runs one after another.
+
+Makes `results/packing.md`: python tools/measure_packing.py [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peftzoo import profile
+from peftzoo.attached import attach
+from peftzoo.batches import Example
+from peftzoo.packed import PackLoop
+from peftzoo.train import Loop, TrainConfig
+
+METHODS = ("lora", "dora", "vera", "unilora", "ia3", "lora-xs", "melora", "loha")
+STEPS = 4
+
+
+def loops(
+    model: nn.Module, names: tuple[str, ...], rows: int, tokens: int, accelerator: Accelerator
+) -> list[Loop]:
+    """One run per name on the common `model`, handles not installed."""
+    made = []
+    for seed, name in enumerate(names):
+        g = torch.Generator().manual_seed(seed)
+        ids = [torch.randint(3, 1000, (tokens,), generator=g).tolist() for _ in range(rows)]
+        config = TrainConfig(steps=STEPS, batch_size=rows, lr=1e-3)
+        member = attach(model, name, seed=seed, install=False)
+        examples = [Example(row, [-100, *row[1:]]) for row in ids]
+        made.append(Loop(member, examples, config, pad=0, accelerator=accelerator, seed=seed))
+    return made
+
+
+def one_by_one(made: list[Loop]) -> float:
+    """Seconds of all runs' steps, one run after another; probing and attaching are not counted."""
+    total = 0.0
+    for loop in made:
+        with loop.attached.on():
+            total += loop.run().seconds
+    return total
+
+
+def together(made: list[Loop]) -> float:
+    pack = PackLoop(made)
+    pack.run()
+    return sum(pack.step_seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    model = profile.small_llama().to(accelerator.device)
+    base = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    lines = [
+        "# Packs against runs one after another", "",
+        f"A Llama of {base:.0f} MiB (fp32), {device}, {torch.get_num_threads()} thread(s); {STEPS} steps per "
+        f"run, median of {rounds} rounds in which both take turns.",
+        "Runs are of different methods in turn: " + ", ".join(METHODS) + ".",
+        f"Made by `python tools/measure_packing.py --rounds {rounds}`.", "",
+        "| runs | rows x tokens of each | one by one, run-steps/s | pack, run-steps/s | pack is faster by | "
+        "base copies saved, MiB |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for count in (2, 4, 8):
+        for rows, tokens in ((1, 32), (1, 64), (4, 128)):
+            seconds: dict[str, list[float]] = {"alone": [], "pack": []}
+            for _ in range(rounds):
+                for name, work in (("alone", one_by_one), ("pack", together)):
+                    seconds[name].append(work(loops(model, METHODS[:count], rows, tokens, accelerator)))
+            alone, pack = (statistics.median(seconds[name]) for name in ("alone", "pack"))
+            steps = count * STEPS
+            lines.append(f"| {count} | {rows} x {tokens} | {steps / alone:.2f} | {steps / pack:.2f} | "
+                         f"{alone / pack:.2f} | {(count - 1) * base:.0f} |")  # fmt: skip
+    lines += [
+        "", "Each run in a pack has the losses that it has alone (tests/test_pack.py). Copies saved: against "
+        "as many processes side by side, each with a base of its own.",
+    ]  # fmt: skip
+    out = Path("results/packing.md")
+    out.write_text("\n".join(lines) + "\n")
+    print(out.read_text())
+
+
+if __name__ == "__main__":
+    main()
