@@ -1,19 +1,23 @@
 """Records -> tables. One table holds only runs that may be compared: same task, version, model, source,
-protocol, scored rows, training budget and measure version."""
+protocol, scored rows, training budget, measure version and device."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
+from peftzoo import outcomes, statistics, store
+from peftzoo.errors import UserError
 from peftzoo.store import Record
 
-BUDGET = ("steps", "batch_size", "recipe")
+BASELINE = "lora"
+"""The method that all others are tested against, besides the best."""
+
+BUDGET = ("steps", "batch_size", "recipe", "tuning")
 SHARED = ("task", "task_version", "model", "weights", "source", "data", "protocol", "average", "view", "rows",
           "max_length", "max_new_tokens", "prune", "metric", "precision", "measure_version", "device",
           *BUDGET)  # fmt: skip
@@ -23,12 +27,13 @@ SHARED = ("task", "task_version", "model", "weights", "source", "data", "protoco
 def frame(records: list[Record]) -> pd.DataFrame:
     """One row per run."""
     runs = pd.DataFrame([_row(r) for r in records])
-    numbers = ("score", "unmerged", "trained", "step_ms", "memory_mib", "lr")
+    numbers = ("score", "stderr", "unmerged", "trained", "step_ms", "memory_mib", "latency_ms", "lr")
     return runs.astype({k: float for k in numbers if k in runs})
 
 
 def _row(r: Record) -> dict[str, Any]:
     t, memory = r.train_config, r.memory.get("computed_total")
+    latency = r.merged_latency or r.latency
     prompt = ", loss on the prompt too" if t.get("train_on_prompt") else ""
     return {
         "task": r.task, "task_version": r.task_version, "model": r.model, "weights": _digest(r.model_source),
@@ -41,11 +46,13 @@ def _row(r: Record) -> dict[str, Any]:
         "steps": _real(t.get("steps")) or None, "batch_size": _real(t.get("batch_size")),
         "recipe": f"{t.get('schedule')}, warm-up {t.get('warmup')}, clip {t.get('clip')}, "
                   f"head lr {t.get('head_lr')}{prompt}",
+        "tuning": json.dumps((r.tuning or {}).get("budget"), sort_keys=True) if r.tuning else None,
         "method": r.method, "id": r.id, "seed": r.seed,
         "config": ", ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
                             for k, v in r.method_config.items()),
         "lr": _real(t.get("lr")), "metric": r.result.metric if r.result else None,
-        "score": r.result.value if r.result else None,
+        "score": r.result.value if r.result else None, "stderr": r.result.stderr if r.result else None,
+        "latency_ms": latency.get("token_ms", latency.get("forward_ms")), "record": r,
         "unmerged": r.score.value if r.merged_score and r.score else None,
         "trained": r.trainable_params, "step_ms": r.step_time.get("median_ms"),
         "memory_mib": memory / 2**20 if memory else None,
@@ -65,10 +72,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def tables(records: list[Record]) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+def tables(
+    records: list[Record], baseline: str = BASELINE, complain: Callable[[str], None] = lambda _: None
+) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     """Tables as (what the runs share, one row per method and configuration), best mean first.
 
-    A run without training (0 steps) joins the tables of its task whatever their budget.
+    A run without training (0 steps) joins the tables of its task whatever their budget. `complain` is told of
+    side files that cannot be used.
     """
     runs = frame([r for r in records if r.status == "ok"])
     if runs.empty:
@@ -76,20 +86,50 @@ def tables(records: list[Record]) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     runs = runs.astype({k: object for k in SHARED}).where(runs.notna(), None)  # groups by None too
     runs = runs.drop_duplicates(["method", "id", "seed", "device"])
     trained, rest = runs["steps"].notna(), [k for k in SHARED if k not in BUDGET]
+    alike = {_known(key): group.index for key, group in runs[~trained].groupby(rest, dropna=False)}
     joined = pd.Series(False, index=runs.index)
     found = []
     for key, group in runs[trained].groupby(list(SHARED), dropna=False):
         facts = _facts(SHARED, key)
-        same = ~trained & (runs[rest].apply(tuple, axis=1) == tuple(facts[k] for k in rest))
-        joined |= same
-        found.append((facts, _summary(pd.concat([group, runs[same]]))))
+        same = alike.get(_known(key[: len(rest)]), [])
+        joined[same] = True
+        found.append((facts, pd.concat([group, runs.loc[same]])))
     for key, group in runs[~trained & ~joined].groupby(rest, dropna=False):
-        found.append((_facts(rest, key), _summary(group)))
+        found.append((_facts(rest, key), group))
+    return [(facts, _tested(_summary(group), baseline, complain)) for facts, group in found]
+
+
+def _tested(table: pd.DataFrame, baseline: str, complain: Callable[[str], None]) -> pd.DataFrame:
+    """The table with ranks, and p values against the best row and against the best row of the baseline."""
+    runs = [_samples(records, complain) for records in table["records"]]
+    fit = [len(r) >= statistics.SEEDS for r in runs]
+    base = next((i for i, m in enumerate(table["method"]) if m == baseline and runs[i]), None)
+    nothing = [None] * len(runs)
+    more = {
+        "rank": statistics.ranks(runs, fit),
+        "p_best": statistics.against(runs, 0),
+        "p_base": nothing if base is None else statistics.against(runs, base),
+    }
+    return table.assign(**{k: pd.Series(v, index=table.index, dtype=object) for k, v in more.items()})
+
+
+def _samples(records: list[Record], complain: Callable[[str], None]) -> statistics.Runs:
+    found = {}
+    for record in records:
+        try:
+            if (sample := outcomes.sample(record)) is not None:
+                found[record.seed] = sample
+        except UserError as error:
+            complain(str(error))
     return found
 
 
 def _facts(names: Iterable[str], key: tuple[Any, ...]) -> dict[str, Any]:
-    return {name: None if pd.isna(value) else value for name, value in zip(names, key, strict=True)}
+    return dict(zip(names, _known(key), strict=True))
+
+
+def _known(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(None if pd.isna(value) else value for value in key)
 
 
 def _summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -100,10 +140,11 @@ def _summary(runs: pd.DataFrame) -> pd.DataFrame:
         rows.append({
             "method": method, "options": group["config"].iloc[0], "lr": group["lr"].iloc[0],
             "metric": group["metric"].iloc[0], "score": scores.median() if median else scores.mean(),
-            "ci95": None if median else interval(scores.tolist()), "seeds": len(scores),
-            "unmerged": group["unmerged"].mean(),
+            "ci95": None if median else statistics.interval(scores.tolist()), "seeds": len(scores),
+            "stderr": group["stderr"].mean(), "unmerged": group["unmerged"].mean(),
             "trained": _plain(group["trained"].iloc[0]), "step_ms": group["step_ms"].median(),
-            "memory_mib": group["memory_mib"].median(),
+            "memory_mib": group["memory_mib"].median(), "latency_ms": group["latency_ms"].median(),
+            "records": group["record"].tolist(),
         })  # fmt: skip
     return pd.DataFrame(rows).sort_values("score", ascending=False, na_position="last", ignore_index=True)
 
@@ -123,31 +164,44 @@ def averages(records: list[Record], members: Iterable[str]) -> list[dict[str, An
     ]  # fmt: skip
 
 
-def interval(scores: list[float]) -> float | None:
-    """Half-width of the 95 % t interval of the mean over seeds; None for fewer than two."""
-    if len(scores) < 2:
-        return None
-    return float(stats.sem(scores) * stats.t.ppf(0.975, len(scores) - 1))
+ABOUT = (
+    "Mean over seeds; +-95 %: half the t interval of that mean; se: standard error over the scored rows, "
+    "mean over seeds. Rank: the best and all that a paired test on the same rows and seeds does not tell "
+    "apart from it share rank 1, and so on with the rest; fewer than 3 seeds, or no outcomes per row: not ranked. "
+    "p: that test against the best row and against the baseline, Holm-corrected in the table (McNemar's "
+    "exact test for right and wrong answers, else a bootstrap). A method that can be merged is scored "
+    "merged; unmerged: on the first rows only, as a check."
+)
 
 
-def markdown(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> str:
+def title(facts: dict[str, Any]) -> str:
+    head = f"{facts['task']} on {facts['model']} ({facts['source']} data, {facts['protocol']})"
+    return head + (", median over seeds" if facts["average"] == "median" else "")
+
+
+def conditions(facts: dict[str, Any]) -> str:
+    """What else the runs of a table share, in a line."""
+    told = ("task", "model", "source", "protocol", "metric", "average", "device")
+    shown = {k: v for k, v in facts.items() if v is not None and k not in told}
+    return ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in shown.items())
+
+
+def device(facts: dict[str, Any]) -> str:
+    return f"Device: {facts['device']}. Times and memory compare within this table only."
+
+
+def markdown(
+    found: list[tuple[dict[str, Any], pd.DataFrame]], baseline: str = BASELINE, more: str = ""
+) -> str:
     """All tables as one Markdown document."""
-    parts = [
-        "# Board\n\nMean over seeds; the interval is the 95 % t interval of that mean. A method that "
-        "can be merged is scored merged; unmerged: on the first rows only, as a check."
-    ]
+    parts = [f"# Board\n\n{ABOUT}", *([more] if more else [])]
     for facts, table in found:
-        metric = escape(facts["metric"] or "score")
-        head = f"## {facts['task']} on {facts['model']} ({facts['source']} data, {facts['protocol']})"
-        head += ", median over seeds" if facts["average"] == "median" else ""
-        line = ", ".join(
-            f"{k.replace('_', ' ')} {_plain(v)}"
-            for k, v in facts.items()
-            if v is not None and k not in ("task", "model", "source", "protocol", "metric", "average")
-        )
         shown = pd.DataFrame({
-            "method": table["method"].map(escape), metric: table["score"].map(lambda v: _number(v, 3)),
-            "+-95 %": table["ci95"].map(lambda v: _number(v, 3)), "seeds": table["seeds"],
+            "rank": table["rank"].map(lambda v: _number(v, 0)), "method": table["method"].map(escape),
+            escape(facts["metric"] or "score"): table["score"].map(lambda v: _number(v, 3)),
+            "+-95 %": table["ci95"].map(lambda v: _number(v, 3)),
+            "se": table["stderr"].map(lambda v: _number(v, 3)), "seeds": table["seeds"],
+            "p best": table["p_best"].map(chance), f"p {escape(baseline)}": table["p_base"].map(chance),
             "unmerged": table["unmerged"].map(lambda v: _number(v, 3)),
             "trained": table["trained"].map(lambda v: "" if pd.isna(v) else f"{int(v):,}"),
             "step ms": table["step_ms"].map(lambda v: _number(v, 1)),
@@ -155,11 +209,38 @@ def markdown(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> str:
             "lr": table["lr"].map(lambda v: "" if pd.isna(v) else f"{v:g}"),
             "options": table["options"].map(escape),
         })  # fmt: skip
-        rows = [list(shown.columns), ["---"] * len(shown.columns), *shown.astype(str).to_numpy().tolist()]
-        parts.append(
-            f"{escape(head)}\n\n{escape(line)}\n\n" + "\n".join(f"| {' | '.join(r)} |" for r in rows)
-        )
+        text = (f"## {escape(title(facts))}", escape(conditions(facts)), escape(device(facts)), grid(shown))
+        parts.append("\n\n".join(text))
     return "\n\n".join(parts) + "\n"
+
+
+def grid(shown: pd.DataFrame) -> str:
+    """A Markdown table of cells that are text already."""
+    rows = [list(shown.columns), ["---"] * len(shown.columns), *shown.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(r)} |" for r in rows)
+
+
+def chance(p: float | None) -> str:
+    """A p value as text."""
+    return "" if p is None or pd.isna(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def files(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> dict[str, str]:
+    """A CSV file per table, by name: what the runs share stands in every row."""
+    made = {}
+    for facts, table in found:
+        words = "-".join(str(facts[k]) for k in ("task", "model", "source", "protocol"))
+        facts = {k: facts.get(k) for k in SHARED}
+        rows = table.drop(columns=["records", "metric"])
+        whole = pd.concat([pd.DataFrame([facts] * len(rows)), rows], axis=1)
+        name = f"{store.slug(words)}-{_digest(facts)}.csv"
+        made[name] = whole.map(_cell).to_csv(index=False, lineterminator="\n")
+    return made
+
+
+def _cell(value: Any) -> Any:
+    """No text from a record is a formula to a spreadsheet program."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else _plain(value)
 
 
 def escape(text: str) -> str:
@@ -194,6 +275,7 @@ def as_rows(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> list[dict[str, 
 
     return [
         {**{k: _plain(clean(v)) for k, v in facts.items()},
-         "table": [{k: clean(v) for k, v in row.items()} for row in table.to_dict("records")]}
+         "table": [{k: clean(v) for k, v in row.items() if k != "records"}
+                   for row in table.to_dict("records")]}
         for facts, table in found
     ]  # fmt: skip

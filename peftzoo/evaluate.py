@@ -150,5 +150,8 @@ def head(
         len(examples),
         None,
         time.perf_counter() - begin,
-        [{"row": i, "answer": p} for i, p in enumerate(predictions)],
+        [
+            {"row": i, "answer": p, "reference": r}
+            for i, (p, r) in enumerate(zip(predictions, references, strict=True))
+        ],
     )

@@ -20,15 +20,17 @@ FORMAT = 1
 _TENSORS, _CARD = "adapter.safetensors", "adapter.json"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part; `durable`: after a power
+    cut too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

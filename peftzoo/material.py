@@ -124,6 +124,37 @@ def _overlaps(parts: list[Part], lessons: list[Lesson]) -> dict[str, Any]:
     return {"overlap": found} if found else {}
 
 
+def hold_out(material: Material, count: int, seed: int) -> None:
+    """Score on `count` training rows of each part, drawn by the seed, and train on the others.
+
+    Rows of equal text go to the same side; those shown in prompts are not drawn. The scored rows are gone.
+    Raises `UserError` where training rows cannot be scored or would not suffice.
+    """
+    held = []
+    for part in material.parts:
+        lesson = next((x for x in material.lessons if x.rows is part.rows.train), None)
+        if lesson is None or part.rows.prompts:
+            raise UserError(
+                f'task "{part.name}": a search cannot score on its training rows, which are another data '
+                "set's or another task's too: leave search out, or take another task or source"
+            )
+        rows, texts = lesson.rows, overlap.texts(lesson.task, lesson.rows)
+        shown = {*overlap.texts(part.task, part.rows.shown)} if part.rows.shown is not None else set()
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        drawn = {t: None for i in order if (t := texts[i]) not in shown}
+        taken = {*list(drawn)[:count]}
+        out = [i for i in range(len(rows)) if texts[i] in taken][:count]
+        rest = [i for i in range(len(rows)) if texts[i] not in taken]
+        if len(out) > len(rest):
+            raise UserError(
+                f'task "{part.name}": {count} rows to search on leave {len(rest)} of {len(rows)} to train '
+                "on: at most half (search.rows)"
+            )
+        lesson.rows, part.rows.test = rows.select(rest), rows.select(out)
+        held.append(len(out))
+    material.info = material.info | {"held_out": {"rows": held, "seed": seed}}
+
+
 def choose_by(parts: list[Part], protocol: Protocol, seed: int) -> None:
     """Set apart, in each part, the rows by which a state of the run is chosen."""
     for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,14 @@ def quantiles(seconds: list[float]) -> dict[str, float | None]:
     low, high = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
     p90 = low + share * (high - low)
     return {"median_ms": round(statistics.median(ordered) * 1e3, 3), "p90_ms": round(p90 * 1e3, 3)}
+
+
+def curve(losses: list[float], points: int = 50) -> list[float] | None:
+    """Means over at most `points` equal stretches, up to a loss that is not finite; None for no losses."""
+    losses = list(takewhile(math.isfinite, losses))
+    n = min(points, len(losses))
+    cuts = [i * len(losses) // n for i in range(n + 1)] if n else []
+    return [round(statistics.fmean(losses[a:b]), 6) for a, b in pairwise(cuts)] or None
 
 
 @torch.no_grad()

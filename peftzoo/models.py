@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from peftzoo.fetch import home, known
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Head", "Loaded", "home", "is_causal", "known", "load", "on_meta", "quiet"]
+__all__ = ["Head", "Loaded", "home", "is_causal", "known", "load", "named", "on_meta", "quiet"]
 
 PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 
@@ -77,6 +77,18 @@ def load(
         model, info = _weights(folder, shown, config, task, head, dtype, trust_remote_code)
     heads = _fresh(model, info, shown, head)
     return Loaded(model.eval(), tokenizer, shown, source, task == "causal", heads)
+
+
+class Named(NamedTuple):
+    """What a record says of a model."""
+
+    name: str
+    source: dict
+
+
+def named(name: str) -> Named:
+    """The model's name for the record and where it comes from, as `load` gives them, without the weights."""
+    return Named(*_find(name, only_config=True)[1:])
 
 
 def on_meta(name: str, *, head: Head | None = None) -> nn.Module:

@@ -57,6 +57,12 @@ class Request:
     retention: str | None = None
     """A task whose text is read before and after: what the run forgets."""
     trust_remote_code: bool = False
+    save_every: int = 50
+    """Steps between checkpoints; an interrupted run loses no more."""
+    hold_out: tuple[int, int] | None = None
+    """(rows, seed): train on the other training rows, and score on these in place of the scored rows."""
+    tuning: dict[str, Any] | None = None
+    """The search that chose the options, for the record; its `budget` is a part of the identity."""
 
 
 class Plan:
@@ -70,7 +76,8 @@ class Plan:
         self.preset = published.get(self.cls, request.preset) if request.preset else published.NONE
         told = {"description": self.course.words} if self.cls.described else {}
         self.adapter = configure(self.cls, told | self.preset.chosen(self.course.name) | request.options)
-        for name, value in (("limit", request.limit), ("max_new_tokens", request.max_new_tokens)):
+        for name, value in (("limit", request.limit), ("max_new_tokens", request.max_new_tokens),
+                            ("save_every", request.save_every)):  # fmt: skip
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
         self.pruning = Pruning.parse(request.prune) if request.prune else None
@@ -80,6 +87,8 @@ class Plan:
         self.source = data.choose(request.source, request.model, mirror, named=request.data is not None)
         learns = self.cls.trains or self.cls.searches or self.pruning is not None
         self.material = material.load(self.course, self.source, mirror, learns)
+        if request.hold_out:
+            material.hold_out(self.material, *request.hold_out)
         if self.choice:
             material.choose_by(self.parts, self.choice, request.seed)
         if request.limit:
@@ -168,6 +177,7 @@ class Plan:
     def identity(self, model_source: dict[str, Any]) -> str:
         """The name of this configuration: everything that decides the result, but not the seed."""
         asked = {"prune": self.request.prune, "retention": self.request.retention}
+        asked["tuning"] = (self.request.tuning or {}).get("budget")
         extra = {k: v for k, v in asked.items() if v}
         return store.identity(extra | {
             "measure": measure.MEASURE_VERSION, "method": self.request.method,
@@ -199,7 +209,28 @@ class Plan:
                 words += [f"--{key.replace('_', '-')}"] + ([str(value)] if value is not True else [])
         for key, value in self.adapter.config.model_dump(mode="json", exclude_none=True).items():
             words += ["--set", f"{key}={_as_text(value)}"]
-        return shlex.join(words)
+        trial = " # but scored on held-out training rows: a trial of a sweep's search" if r.hold_out else ""
+        return shlex.join(words) + trial
+
+
+def check(requests: list[Request], *, skip: bool) -> tuple[list[Request], list[str]]:
+    """The requests that can be run, after each was tried on its model's shapes, and notes on the others.
+
+    Raises the first `UserError`; with `skip` only where nothing is left. Seeds are tried once for all.
+    """
+    unfit: dict[str, UserError] = {}
+    tried = {repr(replace(r, seed=0)): r for r in requests}
+    for key, request in tried.items():
+        try:
+            Plan(request).try_on()
+        except UserError as error:
+            if not skip:
+                raise
+            unfit[key] = error
+    fit = [r for r in requests if repr(replace(r, seed=0)) not in unfit]
+    if not fit:
+        raise next(iter(unfit.values()), UserError("there is nothing to run"))
+    return fit, [f"skipped: {e}" for e in dict.fromkeys(map(str, unfit.values()))]
 
 
 def _as_text(value: Any) -> str:

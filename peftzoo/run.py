@@ -7,7 +7,7 @@ import re
 import statistics
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,26 +79,23 @@ class Busy(Exception):
 
 @contextmanager
 def _alone(out: Path, record: store.Record, patience: float) -> Iterator[None]:
-    """Hold the run's lock, which its holder's end gives back however it ends, and remove what was half-written.
+    """Hold the run's lock, which is free again however its holder ends, and remove what was half-written.
 
     Raises `Busy` when the lock is not free after `patience` seconds.
     """
-    place = out / "locks" / f"{record.id}-s{record.seed}.lock"
+    place = out / store.LOCKS / f"{record.id}-s{record.seed}.lock"
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(place, timeout=patience):
             if store.path(out, record).is_file():
                 _tidy(out, record)
-            for folder in (store.path(out, record).parent, out / "checkpoints", _adapter(out, record)):
-                for half in folder.glob(f".*{'' if folder == _adapter(out, record) else place.stem}*.tmp"):
-                    half.unlink(missing_ok=True)
+            named = f".{place.stem}*.tmp"
+            halves = [*store.path(out, record).parent.glob(named), *(out / "checkpoints").glob(named)]
+            for half in (*halves, *(out / "adapters" / place.stem).glob(".*.tmp")):
+                half.unlink(missing_ok=True)
             yield
     except Timeout:
         raise Busy(record.name) from None
-
-
-def _adapter(out: Path, record: store.Record) -> Path:
-    return out / "adapters" / f"{record.id}-s{record.seed}"
 
 
 def _tidy(out: Path, record: store.Record) -> None:
@@ -108,8 +105,11 @@ def _tidy(out: Path, record: store.Record) -> None:
 
 
 def fail(request: Request, out: Path, reason: str) -> tuple[store.Record, Path]:
-    """Record a run that broke off where it could not tell itself."""
+    """Record a run that broke off where it could not tell itself, unless it had just told its result."""
     record = blank(Plan(request))
+    if (done := store.path(out, record)).is_file():
+        with suppress(UserError):
+            return store.read(done), done
     record.status, record.reason = "failed", reason
     store.supersede(out, record)
     return record, store.write(out, record)
@@ -199,8 +199,14 @@ def why(error: BaseException) -> tuple[str, str]:
         return "cancelled", "interrupted by the user"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    text = re.sub(r"(?<![\w.])(?:/[^\s/:'\"]+)+/", "", " ".join(str(error).split()))
-    return "failed", f"{type(error).__name__}: {text[:300]}{where}"
+    if isinstance(error, UserError):
+        return "failed", _plain(error)
+    return "failed", f"{type(error).__name__}: {_plain(error)}{where}"
+
+
+def _plain(error: BaseException) -> str:
+    """The message in one line, without folders of this machine."""
+    return re.sub(r"(?<![\w.])(?:/[^\s/:'\"]+)+/", "", " ".join(str(error).split()))[:300]
 
 
 def _load(plan: Plan) -> models.Loaded:

@@ -19,6 +19,8 @@ from peftzoo.files import write_atomically
 SCHEMA = 1
 FOLDERS = {"ok": "records", "failed": "failed", "cancelled": "cancelled"}
 """Good records lie apart from the others."""
+LOCKS = "locks"
+"""Every results folder has it: whoever does a run holds its lock."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -223,7 +225,7 @@ def _finite(text: str) -> float:
 def read_all(out: Path) -> Iterator[Record | UserError]:
     """Every good record under `out/records` (or under `out` itself); a file that is none yields its error."""
     root = out / FOLDERS["ok"]
-    for file in sorted((root if root.is_dir() else out).rglob("*.json")):
+    for file in sorted((root if root.is_dir() or (out / LOCKS).is_dir() else out).rglob("*.json")):
         try:
             yield read(file)
         except UserError as error:

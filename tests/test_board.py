@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from peftzoo import board, store
+from peftzoo import board, statistics, store
 
 TRAIN = {"steps": 100, "batch_size": 16, "lr": 1e-3, "precision": "fp32", "max_length": 128,
          "schedule": "linear", "warmup": 0.06, "clip": 1.0, "head_lr": 1e-3,
@@ -48,8 +50,8 @@ def test_a_table_by_hand() -> None:
     assert table["unmerged"].iloc[0] == 0.9 and np.isnan(table["unmerged"].iloc[1])
     assert table["memory_mib"].iloc[1] == 3.0
     text = board.markdown([(facts, table)])
-    assert "| lora | 0.600 | 0.248 | 3 |  | 1,234 | 11.0 | 3 | 0.001 | r=8 |" in text
-    assert "| none | 0.100 |  | 1 |  | 0 |  |  |" in text
+    assert "|  | lora | 0.600 | 0.248 |  | 3 |  |  |  | 1,234 | 11.0 | 3 | 0.001 | r=8 |" in text
+    assert "|  | none | 0.100 |  |  | 1 |  |  |  | 0 |  |  |" in text
 
 
 def test_a_protocol_may_ask_for_the_median() -> None:
@@ -63,12 +65,12 @@ def test_a_protocol_may_ask_for_the_median() -> None:
 def test_the_interval_is_scipys(n: int) -> None:
     scores = np.random.default_rng(n).normal(size=n)
     low, high = stats.t.interval(0.95, n - 1, loc=scores.mean(), scale=stats.sem(scores))
-    half = board.interval(scores.tolist())
+    half = statistics.interval(scores.tolist())
     assert (scores.mean() - half, scores.mean() + half) == pytest.approx((low, high))
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert board.interval([0.5]) is None and board.interval([]) is None
+    assert statistics.interval([0.5]) is None and statistics.interval([]) is None
 
 
 DIFFERENT = {
@@ -97,6 +99,7 @@ DIFFERENT = {
     "length": {"train": {"max_length": 64}},
     "schedule": {"train": {"schedule": "cosine"}},
     "prompt": {"train": {"train_on_prompt": True}},
+    "tuning": {"tuning": {"budget": {"trials": 8}}},
 }
 
 
@@ -143,6 +146,56 @@ def test_failed_runs_and_undefined_scores() -> None:
     assert "nan" not in board.markdown(board.tables([make("vera", value=None)])).lower()
 
 
+def with_outcomes(folder, method: str, right: float, seeds: int = 3, rows: int = 200, **changes) -> list:
+    """Records with side files; a row is hard or easy for all methods alike."""
+    hard, records = np.random.default_rng(0).random(rows), []
+    for seed in range(seeds):
+        noise = np.random.default_rng([seed, len(method)]).normal(size=rows) * 0.02
+        hits = (hard + noise < right).astype(float)
+        score = {"metric": "acc", "value": float(hits.mean()), "rows": rows, "stderr": 0.03}
+        records.append(make(method, seed, score=score, **changes))
+        lines = [{"row": i, "filter": "none", "acc": h} for i, h in enumerate(hits)]
+        store.write(folder, records[-1], lines)
+    return records
+
+
+def test_ranks_and_tests_by_hand(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "vera", 0.8)
+    records += with_outcomes(tmp_path, "lora", 0.6) + with_outcomes(tmp_path, "few", 0.9, seeds=2)
+    records += [make("bare", s, 0.3, options={"r": s}) for s in range(3)]
+    ((facts, table),) = board.tables(records)
+    got = table.set_index("method")["rank"].to_dict()
+    assert (got["dora"], got["vera"], got["lora"]) == (1, 1, 3) and got["few"] is None and got["bare"] is None
+    p = table.set_index("method")["p_base"].to_dict()
+    assert p["dora"] < 0.001 and p["lora"] is None and p["bare"] is None
+    best = table.set_index("method")["p_best"].to_dict()
+    assert best["few"] is None and best["lora"] < best["vera"] and best["bare"] is None
+    text = board.markdown([(facts, table)])
+    assert "| 3 | lora | 0." in text and "| <0.001 |" in text and "| 0.030 |" in text
+
+
+def test_a_side_file_that_was_changed_is_told_and_not_used(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "lora", 0.6)
+    bad = records[0].file.with_suffix(".examples.jsonl.gz")
+    bad.write_bytes(bad.read_bytes() + b"x")
+    told: list[str] = []
+    ((_, table),) = board.tables(records, complain=told.append)
+    assert len(told) == 1 and bad.name in told[0] and table["rank"].tolist() == [None, 1]
+
+
+def test_the_csv_files(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "lora", 0.6)
+    records.append(make("=cmd()", task="-x", value=0.5, options={"a": "@b"}))
+    found = board.files(board.tables(records))
+    assert len(found) == 2 and all(re.fullmatch(r"[A-Za-z0-9._-]+\.csv", name) for name in found)
+    frames = pd.concat([pd.read_csv(io.StringIO(text)) for text in found.values()])
+    assert frames["method"].tolist() in (["lora", "'=cmd()"], ["'=cmd()", "lora"])
+    lora = frames[frames["method"] == "lora"].iloc[0]
+    assert lora["score"] == pytest.approx(np.mean([r.score.value for r in records[:3]]))
+    assert lora["rank"] == 1 and lora["device"] == "CPU one" and lora["steps"] == 100
+    assert "'-x" in frames["task"].tolist()
+
+
 HOSTILE = "<script>alert(1)</script>|a|\n\n# b `c` [d](javascript:e) \\| \x1b[31m"
 
 
@@ -155,7 +208,7 @@ def test_text_of_a_record_can_break_nothing() -> None:
     assert "<" not in text and "\x1b" not in text and "[" not in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 3
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {11}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {15}
     assert sum(line.startswith("#") for line in text.splitlines()) == 2
 
 

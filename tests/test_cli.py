@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from peftzoo import cli, run, store, suite
+from peftzoo import cli, layers, run, store, suite
 
 COMMANDS = [
     "bench",
+    "sweep",
     "generate",
     "board",
     "list",
@@ -372,7 +373,7 @@ def test_a_record_names_no_place(say, tmp_path, monkeypatch) -> None:
     secret = tmp_path / "very-secret"
     secret.mkdir()
     (secret / "plug.py").write_text(PLUGIN)
-    (secret / "mine.yaml").write_text(next(suite.folder().rglob("sst2.yaml")).read_text())
+    (secret / "mine.yaml").write_text(json.dumps(layers.read(next(suite.folder().rglob("sst2.yaml")))))
     os.symlink(fetch.EMBEDDED, secret / "weights")
     mirror(secret, "sst2")
     line = (

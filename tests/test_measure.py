@@ -230,3 +230,14 @@ def test_the_environment_says_what_repeating_needs() -> None:
 def test_a_library_that_is_not_there_is_none(monkeypatch) -> None:
     monkeypatch.setattr(measure, "LIBRARIES", ("torch", "no-such-library"))
     assert measure.environment()["versions"]["no-such-library"] is None
+
+
+def test_a_curve_is_means_of_stretches() -> None:
+    losses = np.random.default_rng().random(230).tolist()
+    curve = measure.curve(losses, points=23)
+    assert curve == pytest.approx(np.reshape(losses, (23, 10)).mean(1), abs=1e-6)
+    assert measure.curve(losses[:3]) == pytest.approx(losses[:3], abs=1e-6)
+    assert len(measure.curve(losses)) == 50 and measure.curve([]) is None
+    assert (
+        measure.curve([1.0, 2.0, float("nan"), 3.0]) == [1.0, 2.0] and measure.curve([float("inf")]) is None
+    )

@@ -22,6 +22,9 @@ from peftzoo.cli import (
     new_method,
     params,
     profile,
+    recommend,
+    sweep,
+    verify,
 )
 from peftzoo.errors import UserError
 
@@ -54,7 +57,8 @@ def _main(
         print(context.get_help())
 
 
-for module in (bench, generate, board, listing, params, check, profile, exchange, models, new_method, doctor):
+for module in (bench, sweep, generate, board, recommend, verify, listing, params, check, profile, exchange,
+               models, new_method, doctor):  # fmt: skip
     module.add(app)
 
 

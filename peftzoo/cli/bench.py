@@ -93,7 +93,7 @@ def bench(
             show.note(note)
         done = _all(requests, out, force, track) if pack == 1 else _packs(requests, out, force, pack)
     if _is_main_process():
-        _report(done, json, groups)
+        report(done, json, groups)
     if any(record.status != "ok" for record, _, _ in done):
         raise typer.Exit(1)
 
@@ -153,9 +153,9 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
 
             record, path, new = run(request, out, force=force, progress=follow, tracker=tracker(track))
             word = record.status if new else "on record (--force runs it again)"
-            bar.update(line, description=f"{title}: {word}", completed=1, total=1, values=_short(record))
+            bar.update(line, description=f"{title}: {word}", completed=1, total=1, values=short(record))
             if bar.disable and _is_main_process():  # a log file gets a line per run
-                show.note(f"{title}: {word}, {_short(record)}")
+                show.note(f"{title}: {word}, {short(record)}")
             done.append((record, path, new))
     return done
 
@@ -190,18 +190,20 @@ def _packs(requests: list[Any], out: Path, force: bool, size: int) -> list[Any]:
             bar.update(line, description=f"{title}: done", completed=1, total=1)
             for record, _, new in found:
                 word = record.status if new else "on record (--force runs it again)"
-                show.note(f"{record.name}: {word}, {_short(record)}")
+                show.note(f"{record.name}: {word}, {short(record)}")
             done += found
     return done
 
 
-def _short(record: Any) -> str:
+def short(record: Any) -> str:
+    """A run's score, or why it has none."""
     if record.result is None:
         return record.reason or ""
     return f"{record.result.metric} {show.number(record.result.value)}"
 
 
-def _report(done: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> None:
+def report(done: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> None:
+    """A table per task of (record, file, new), or all records as JSON."""
     if json:
         show.as_json([record.model_dump(mode="json") for record, _, _ in done])
         return

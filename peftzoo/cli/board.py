@@ -1,8 +1,9 @@
-"""`peftzoo board`: tables of the records."""
+"""`peftzoo board`: tables and pages of the records."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -10,39 +11,86 @@ from peftzoo.cli import show
 
 
 def add(app: typer.Typer) -> None:
-    app.command(epilog="Example: peftzoo board results > board.md")(board)
+    app.command(epilog="Example: peftzoo board results --out results --html site")(board)
 
 
 def board(
     results: Path = typer.Argument(Path("results"), help="Folder of records."),
-    out: Path = typer.Option(None, help="Write board.md into this folder instead of printing it."),
+    out: Path = typer.Option(
+        None, help="Write board.md and a CSV file per table here, not to standard output."
+    ),
+    html: Path = typer.Option(None, help="Write static pages into this folder."),
+    baseline: str = typer.Option("lora", help="The method that the others are tested against."),
+    import_peft: Path = typer.Option(
+        None, help="A board of its own for the result files of HF PEFT's method comparison in this folder."
+    ),
     json: bool = show.JSON,
 ) -> None:
-    """A Markdown table per task, model, data source and protocol."""
+    """Ranked tables per task, model, data source and protocol: Markdown, CSV, static pages."""
     from peftzoo import board as engine
-    from peftzoo import store
-    from peftzoo.errors import UserError
+    from peftzoo import external, replicas, site
     from peftzoo.files import write_atomically
 
-    if not results.is_dir():
-        raise UserError(f'results folder "{results}": no such folder')
-    records = []
-    for found in store.read_all(results):
-        if isinstance(found, UserError):
-            show.note(f"skipped: {found}")
-        else:
-            records.append(found)
-    if not records:
-        raise UserError(
-            f'no records under "{results}": make one with `peftzoo bench --method lora --task gsm8k`'
-        )
-    tables = engine.tables(records)
+    if import_peft is not None:
+        _external(external.read_all(import_peft), out, json)
+        return
+    notes: list[str] = []
+    records = _records(results, notes)
+    tables = engine.tables(records, baseline, notes.append)
+    for note in notes:
+        show.note(f"skipped: {note}")
     if json:
         show.as_json(engine.as_rows(tables))
         return
-    text = engine.markdown(tables)
-    if out is None:
-        print(text)
-    else:
+    papers = replicas.rows(records)
+    text = engine.markdown(tables, baseline, replicas.markdown(papers))
+    if out is not None:
         write_atomically(out / "board.md", text.encode())
-        print(f"wrote {out / 'board.md'}")
+        made = engine.files(tables)
+        for old in (out / "tables").glob(f"*-{'[0-9a-f]' * 8}.csv"):  # of an earlier board
+            if old.name not in made:
+                old.unlink()
+        for name, lines in made.items():
+            write_atomically(out / "tables" / name, lines.encode())
+        print(f"wrote {out / 'board.md'} and {len(made)} tables in {out / 'tables'}")
+    if html is not None:
+        named = [n.replace(f"{results}/", "") for n in notes]  # no path of this machine
+        count = site.write(html, records, tables, papers, baseline, named)
+        print(f"wrote {count} pages: {html / 'index.html'}")
+    if out is None and html is None:
+        print(text)
+
+
+def _records(results: Path, notes: list[str]) -> list[Any]:
+    from peftzoo import store
+    from peftzoo.errors import UserError
+
+    if not results.is_dir():
+        raise UserError(f'results folder "{results}": no such folder')
+    found = [*store.read_all(results)]
+    notes += [str(f) for f in found if isinstance(f, UserError)]
+    records = [f for f in found if not isinstance(f, UserError)]
+    if not records:
+        for note in notes:
+            show.note(f"skipped: {note}")
+        raise UserError(
+            f'no records under "{results}": make one with `peftzoo bench --method lora --task gsm8k`'
+        )
+    return records
+
+
+def _external(found: list[Any], out: Path | None, json: bool) -> None:
+    from peftzoo import external
+    from peftzoo.errors import UserError
+    from peftzoo.files import write_atomically
+
+    for error in (f for f in found if isinstance(f, UserError)):
+        show.note(f"skipped: {error}")
+    results = [f for f in found if not isinstance(f, UserError)]
+    if json:
+        show.as_json([r.model_dump(mode="json") for r in results])
+    elif out is None:
+        print(external.markdown(results))
+    else:
+        write_atomically(out / "external.md", external.markdown(results).encode())
+        print(f"wrote {out / 'external.md'}: {len(results)} results from elsewhere")

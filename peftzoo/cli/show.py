@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -88,6 +89,16 @@ def names(text: str, known: Iterable[str], what: str) -> list[str]:
     if not found:
         raise UserError(f"--{what} is empty: name one, several with commas, or all")
     return found
+
+
+def folder(out: Path) -> None:
+    """Make the folder for records."""
+    from peftzoo.errors import UserError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out "{out}": {error.strerror}') from None
 
 
 def load_plugins(files: list[str]) -> None:

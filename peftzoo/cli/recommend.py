@@ -1,0 +1,76 @@
+"""`peftzoo recommend`: what the records say about which method to take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from peftzoo.cli import show
+
+
+def add(app: typer.Typer) -> None:
+    app.command(
+        epilog="Example: peftzoo recommend --model embedded --task-like math --max-trainable 1M "
+        "--max-train-memory 16GB"
+    )(recommend)
+
+
+def recommend(
+    model: str = typer.Option(..., help="The model that will be tuned, as the records name it."),
+    task_like: str = typer.Option(..., help="A task, a suite, or a word of a task's name or title."),
+    max_trainable: str = typer.Option(None, help="Most trainable parameters, for example 1M."),
+    max_train_memory: str = typer.Option(
+        None, help="Most memory for training (computed total), for example 16GB."
+    ),
+    results: Path = typer.Option(Path("results"), help="Folder of records."),
+    top: int = typer.Option(5, min=1, help="Rows of each table to show."),
+    json: bool = show.JSON,
+) -> None:
+    """Measured methods within a budget, best mean first, and what is missing. Nothing is extrapolated."""
+    from peftzoo import board, store
+    from peftzoo import recommend as engine
+    from peftzoo.errors import UserError
+
+    limits = [
+        None if text is None else engine.amount(option, text)
+        for option, text in (("--max-trainable", max_trainable), ("--max-train-memory", max_train_memory))
+    ]
+    if not results.is_dir():
+        raise UserError(f'--results "{results}": no such folder')
+    records = []
+    for found in store.read_all(results):
+        if isinstance(found, UserError):
+            show.note(f"skipped: {found}")
+        else:
+            records.append(found)
+    if not records:
+        raise UserError(
+            f'no records under "{results}": make one with `peftzoo bench --method lora --task gsm8k`'
+        )
+    advice = engine.recommend(records, model, task_like, *limits)
+    if json:
+        show.as_json({
+            "tables": board.as_rows(advice.tables), "beyond_budget": advice.beyond,
+            "unknown_cost": advice.unknown, "missing": advice.missing,
+        })  # fmt: skip
+        return
+    columns = ("rank", "method", "score", "+-95 %", "seeds", "trained", "memory MiB", "step ms", "options")
+    for facts, table in advice.tables:
+        rows = [
+            [r["rank"], r["method"], show.number(r["score"]), show.number(_known(r["ci95"])), r["seeds"],
+             show.count(None if _known(r["trained"]) is None else int(r["trained"])),
+             show.number(_known(r["memory_mib"]), 0), show.number(_known(r["step_ms"]), 1), r["options"]]
+            for r in table.head(top).to_dict("records")
+        ]  # fmt: skip
+        title = f"{board.title(facts)}: {facts['metric']}\n{board.conditions(facts)}\n{board.device(facts)}"
+        show.table(title, columns, rows, right=("rank", *columns[2:-1]))
+    if not advice.tables:
+        print("No measured row is within this budget.")
+    print(f"Beyond the budget: {advice.beyond} rows; cost not on record: {advice.unknown} rows.")
+    for line in advice.missing:
+        print(f"Missing: {line}.")
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or value != value else value

@@ -1,0 +1,58 @@
+"""`peftzoo verify`: is a record what it says?"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+
+from peftzoo.cli import show
+
+
+def add(app: typer.Typer) -> None:
+    app.command(epilog="Example: peftzoo verify results/records/.../0123456789ab-s0.json")(verify)
+
+
+def verify(
+    record: Path = typer.Argument(..., help="The file of a record."),
+    tolerance: float = typer.Option(0.02, min=0, help="Largest difference of scores that is none."),
+    run: bool = typer.Option(True, help="Do the run again; else only the files are checked."),
+    task: str = typer.Option(None, help="The task's file, for a task that is not built in."),
+    model: str = typer.Option(None, help="The model's folder, for a model that has no name."),
+    data: str = typer.Option(None, help="Folder of the local mirror, for runs on it."),
+    trust_remote_code: bool = typer.Option(False, help="Allow code that comes with a model."),
+    plugin: list[str] = show.PLUGIN,
+    json: bool = show.JSON,
+) -> None:
+    """Check a record's checksums, do its run again, and compare score and counts.
+
+    An edited record is refused. The same device and versions give the same score; others round otherwise.
+    """
+    from peftzoo import store
+    from peftzoo import verify as engine
+    from peftzoo.errors import UserError
+
+    show.load_plugins(plugin)
+    found = store.read(record)
+    if found.status != "ok":
+        raise UserError(f"{record}: a {found.status} run has no result to verify: choose one under records/")
+    checks = engine.files(found)
+    if run:
+        wanted = engine.request(found, task=task, model=model, data=data, trust_remote_code=trust_remote_code)
+        show.note(f"running {found.name} again")
+        with redirect_stdout(sys.stderr):
+            checks += engine.again(found, wanted, tolerance)
+    good = all(c.good is not False for c in checks)
+    if json:
+        status = "ok" if good else "differs"
+        show.as_json({"name": found.name, "status": status, "checks": [asdict(c) for c in checks]})
+    else:
+        words = {True: "same", False: "DIFFERS", None: "not compared"}
+        show.table(found.name, ("what", "recorded", "found", ""),
+                   [(c.what, c.recorded, c.found, words[c.good]) for c in checks])  # fmt: skip
+        print("The record holds." if good else "The record does not hold: see the lines that differ.")
+    if not good:
+        raise typer.Exit(1)

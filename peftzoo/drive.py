@@ -1,0 +1,101 @@
+"""Does the runs of a sweep, one after the other or at once, whatever becomes of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from peftzoo import store
+from peftzoo.executors import Done, Job
+from peftzoo.plan import Request
+from peftzoo.run import fail
+from peftzoo.store import Record
+from peftzoo.tune import Study
+
+TRIES = 2
+"""How often a run whose worker dies is begun; the second time from its checkpoint."""
+PATIENCE = 5.0
+"""Seconds to wait at a time, from the third on, for a run that another program is doing."""
+
+
+class Executor(Protocol):
+    """Takes jobs, and gives back what became of each."""
+
+    def submit(self, job: Job) -> None: ...
+
+    def next(self) -> Done: ...
+
+
+class Drive:
+    """`tell(record, new, trial)` hears of every finished run, `note(text)` of what happened besides."""
+
+    def __init__(self, executor: Executor, out: Path, tell: Callable[[Record, bool, bool], None],
+                 note: Callable[[str], None]) -> None:  # fmt: skip
+        self.executor, self.out, self.tell, self.note = executor, out, tell, note
+        self.waiting: dict[int, Study | None] = {}
+        self.count = 0
+        self.records: list[tuple[Record, Path, bool]] = []
+        self.lost: list[str] = []
+        """Runs of which there is not even a record, and why."""
+
+    def do(self, requests: Iterable[Request], studies: Iterable[Study] = ()) -> None:
+        """Do these runs, and those that each search settles on."""
+        for request in requests:
+            self._submit(request, None)
+        for study in studies:
+            self._advance(study)
+        while self.waiting:
+            done = self.executor.next()
+            if not (done.busy or done.died) or not self._again(done):
+                self._take(done, self.waiting.pop(done.job.number))
+
+    def _submit(self, request: Request, study: Study | None) -> None:
+        self.count += 1
+        self.waiting[self.count] = study
+        out = self.out / "tuning" if request.hold_out else self.out
+        self.executor.submit(Job(self.count, request, out))
+
+    def _again(self, done: Done) -> bool:
+        """Give the job back to the executor where that makes sense."""
+        job = done.job
+        if done.busy:
+            self.executor.submit(replace(job, patience=PATIENCE if job.patience else 0.5))
+            return True
+        if job.tries + 1 >= TRIES:
+            return False
+        self.note(f"{_title(job.request)}: {done.died}; it goes on from its checkpoint")
+        self.executor.submit(replace(job, tries=job.tries + 1))
+        return True
+
+    def _take(self, done: Done, study: Study | None) -> None:
+        request, record = done.job.request, done.record
+        if record is None:
+            try:
+                record = fail(request, done.job.out, done.died)[0]
+            except Exception as error:
+                self.lost.append(f"{_title(request)}: {done.died} ({type(error).__name__}: {error})")
+                self.note(self.lost[-1])
+        if record is not None:
+            self.tell(record, done.new, study is not None)
+        if study is not None:
+            study.tell(record)
+            self._advance(study)
+        elif record is not None:
+            self.records.append((record, store.path(self.out, record), done.new))
+
+    def _advance(self, study: Study) -> None:
+        if trial := study.ask():
+            self._submit(trial, study)
+        elif finals := study.settled():
+            for request in finals:
+                self._submit(request, None)
+        else:
+            self.lost.append(f"{study.title}: no trial of {study.search.trials} gave a score ({study.last})")
+            self.note(self.lost[-1])
+
+
+def _title(request: Request) -> str:
+    held = ", a trial" if request.hold_out else ""
+    return f"{request.method} on {request.task}, seed {request.seed}{held}"

@@ -1,0 +1,107 @@
+"""The Pareto front of score against cost, and where its plot's marks lie. No drawing here: numbers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+WIDTH, HEIGHT = 640, 380
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 44
+
+Point = tuple[str, float, float]
+"""Name, cost, score."""
+
+
+def front(points: Sequence[Point]) -> list[int]:
+    """Indices of the points that no other beats: none costs less and scores as much, or costs as much and
+    scores more. From the cheapest on."""
+    found: list[int] = []
+    best = -math.inf
+    for i in sorted(range(len(points)), key=lambda i: (points[i][1], -points[i][2])):
+        _, cost, score = points[i]
+        if score > best or (found and points[found[-1]][1:] == (cost, score)):
+            found.append(i)
+            best = max(best, score)
+    return found
+
+
+def plot(points: Sequence[Point]) -> dict[str, Any] | None:
+    """Marks, ticks and the front's line in pixels; the cost is on a logarithmic scale, 0 at its left end."""
+    if not points:
+        return None
+    costs = [c for _, c, _ in points if c > 0]
+    low, high = (math.log10(min(costs)), math.log10(max(costs))) if costs else (0.0, 1.0)
+    pad = max((high - low) * 0.08, 0.06)
+    low, high = low - pad - (0.12 * (high - low + 0.3) if len(costs) < len(points) else 0), high + pad
+    bottom, top = min(s for *_, s in points), max(s for *_, s in points)
+    margin = max((top - bottom) * 0.08, 1e-3 * max(abs(top), 1e-3))
+    bottom, top = bottom - margin, top + margin
+
+    def x(cost: float) -> float:
+        share = 0.0 if cost <= 0 else (math.log10(cost) - low) / (high - low)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(score: float) -> float:
+        return round(TOP + (top - score) / (top - bottom) * (HEIGHT - TOP - BOTTOM), 1)
+
+    best = front(points)
+    marks = [
+        {"name": name, "x": x(cost), "y": y(score), "cost": cost, "score": score, "best": i in set(best)}
+        for i, (name, cost, score) in enumerate(points)
+    ]
+    ends = [(x(points[i][1]), y(points[i][2])) for i in best]
+    line = f"M{ends[0][0]} {ends[0][1]}" + "".join(f"H{a}V{b}" for a, b in ends[1:]) + f"H{WIDTH - RIGHT}"
+    zero = [(x(0), "0")] if len(costs) < len(points) else []
+    return {
+        "marks": marks, "line": line, "labels": _labels([marks[i] for i in best]),
+        "x_ticks": zero + [(x(v), short(v)) for v in _decades(low, high)],
+        "y_ticks": [(y(v), f"{v:.4g}") for v in _steps(bottom, top)],
+    }  # fmt: skip
+
+
+def _labels(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Names of the front's points, best first, where they do not cover one that is placed already."""
+    placed: list[tuple[float, float, float, float]] = []
+    found = []
+    for m in sorted(marks, key=lambda m: -m["score"]):
+        wide = 6.6 * min(len(m["name"]), 24) + 4
+        for right, rise in ((True, -7), (False, -7), (True, 15), (False, 15)):
+            a, b = (m["x"] + 6, m["x"] + 6 + wide) if right else (m["x"] - 6 - wide, m["x"] - 6)
+            box = (a, b, m["y"] + rise - 11, m["y"] + rise + 2)
+            inside = a >= LEFT and b <= WIDTH - RIGHT + 8 and box[2] >= 0 and box[3] <= HEIGHT - BOTTOM
+            if inside and not any(
+                box[0] < q[1] and q[0] < box[1] and box[2] < q[3] and q[2] < box[3] for q in placed
+            ):
+                placed.append(box)
+                at = {"x": m["x"] + (6 if right else -6), "y": m["y"] + rise, "end": not right}
+                found.append({"name": m["name"][:24], **at})
+                break
+    return found
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2, 5 times powers of ten inside; only the powers where there are many."""
+    for digits in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+        found = [d * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for d in digits]
+        found = [v for v in found if low <= math.log10(v) <= high]
+        if len(found) >= 3:
+            return found[:: -(-len(found) // 8)]
+    return found or [10**low, 10**high]
+
+
+def _steps(low: float, high: float) -> list[float]:
+    """About five round numbers inside."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    first = math.ceil(low / step)
+    return [k * step for k in range(first, math.floor(high / step) + 1)]
+
+
+def short(value: float) -> str:
+    """A number with K, M or G: 23040 -> 23.04K."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"

@@ -1,0 +1,175 @@
+"""What may be said of scores: intervals over seeds, paired tests over the same rows, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.05
+SEEDS = 3
+"""Methods with fewer seeds are not ranked."""
+ROUNDS = 9999
+"""Resamples of a bootstrap; fewer where there are more than 5,000 rows."""
+
+Array = np.ndarray
+
+
+def interval(scores: Sequence[float]) -> float | None:
+    """Half-width of the 95 % t interval of the mean over seeds; None for fewer than two."""
+    if len(scores) < 2:
+        return None
+    return float(stats.sem(scores) * stats.t.ppf(1 - LEVEL / 2, len(scores) - 1))
+
+
+# -- what a metric is made of ---------------------------------------------------------------------------
+
+
+def share(values: Array) -> Array:
+    """(n, 1): values per row, whose mean is the metric."""
+    return np.asarray(values, float)[:, None]
+
+
+def labels(answers: Array, references: Array) -> Array:
+    """(n, 2): right answers of label 1, and how often 1 was said or wanted: F1 is 2 a / b."""
+    said, wanted = answers == 1, references == 1
+    return np.stack([said & wanted, said.astype(int) + wanted], 1).astype(float)
+
+
+def moments(x: Array, y: Array) -> Array:
+    """(n, 2k + 3) for x, y (n, k): what the correlation of their centred columns is made of."""
+    x, y = ((v - v.mean(0)) / (v.std() or 1.0) for v in (x, y))
+    squares = np.stack([(x * x).sum(1), (y * y).sum(1), (x * y).sum(1)], 1)
+    return np.concatenate([x, y, squares], 1)
+
+
+def indicators(answers: Array, references: Array) -> Array:
+    """`moments` of the labels' indicators: Matthews correlation."""
+    kinds = np.unique(np.concatenate([answers, references]))
+    return moments(*((v[:, None] == kinds).astype(float) for v in (answers, references)))
+
+
+def _correlation(means: Array) -> Array:
+    k = (means.shape[1] - 3) // 2
+    x, y, (xx, yy, xy) = means[:, :k], means[:, k : 2 * k], means[:, 2 * k :].T
+    spread = (xx - (x * x).sum(1)) * (yy - (y * y).sum(1))
+    return (xy - (x * y).sum(1)) / np.sqrt(np.where(spread > 1e-9, spread, np.nan))
+
+
+def _f1(means: Array) -> Array:
+    return 2 * means[:, 0] / np.where(means[:, 1] > 0, means[:, 1], np.nan)
+
+
+METRICS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array], Array]]] = {
+    "acc": (lambda a, r: share(a == r), lambda means: means[:, 0]),
+    "f1": (labels, _f1),
+    "mcc": (indicators, _correlation),
+    "pearson": (lambda a, r: moments(a[:, None], r[:, None]), _correlation),
+}
+"""Metrics of answers and references that come from means over rows: rows to parts, mean parts to metric."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The outcomes of one run: which rows, and for each the parts (n, m) that its metric is made of."""
+
+    rows: tuple
+    parts: Array
+    of: Callable[[Array], Array] = METRICS["acc"][1]
+
+    @property
+    def binary(self) -> bool:
+        """Whether each row is right or wrong, and the metric is the share of right ones."""
+        return self.of is METRICS["acc"][1] and bool(np.isin(self.parts, (0, 1)).all())
+
+    def value(self) -> float:
+        return float(self.of(self.parts.mean(0, keepdims=True))[0])
+
+
+# -- paired tests ---------------------------------------------------------------------------------------
+
+Runs = dict[int, Sample]
+"""The outcomes of one method and configuration, by seed."""
+
+
+def compare(a: Runs, b: Runs) -> float | None:
+    """Two-sided p value that two methods are alike, from the seeds and rows that both have; None for none.
+
+    Right and wrong answers: McNemar's exact test, one pair per row (with several seeds, the row counts for
+    the method that is right in more of them). Else: a paired bootstrap over rows of the mean over seeds.
+    """
+    seeds = [s for s in a if s in b and a[s].rows == b[s].rows and a[s].of is b[s].of]
+    if not seeds:
+        return None
+    if all(run[s].binary for run in (a, b) for s in seeds):
+        more: dict = {}
+        for s in seeds:
+            for row, d in zip(a[s].rows, a[s].parts[:, 0] - b[s].parts[:, 0], strict=True):
+                more[row] = more.get(row, 0) + d
+        return mcnemar(sum(d > 0 for d in more.values()), sum(d < 0 for d in more.values()))
+    with np.errstate(invalid="ignore"):
+        differences = np.mean([resampled(a[s]) - resampled(b[s]) for s in seeds], 0)
+    differences = differences[np.isfinite(differences)]
+    if not len(differences):
+        return None
+    few = min((differences <= 0).sum(), (differences >= 0).sum())
+    return float(min(1.0, 2 * (few + 1) / (len(differences) + 1)))
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Exact two-sided p value from the rows on which only one of the two is right."""
+    return float(min(1.0, 2 * stats.binom.cdf(min(won, lost), won + lost, 0.5)))
+
+
+@lru_cache(maxsize=512)
+def resampled(sample: Sample) -> Array:
+    """The metric on resamples of the rows; on the same resamples for the same rows."""
+    n = len(sample.rows)
+    return sample.of((_counts(n, sample.rows) @ sample.parts.astype(np.float32)).astype(float) / n)
+
+
+@lru_cache(maxsize=1)
+def _counts(n: int, rows: tuple) -> Array:
+    """(rounds, n): how often each row is drawn."""
+    rounds = max(ROUNDS // 10, min(ROUNDS, 50_000_000 // n))
+    draws = np.random.default_rng(0).integers(0, n, (rounds, n))
+    draws += n * np.arange(rounds)[:, None]
+    return np.bincount(draws.ravel(), minlength=rounds * n).reshape(rounds, n).astype(np.float32)
+
+
+def holm(p: Sequence[float | None]) -> list[float | None]:
+    """p values corrected for their number by Holm's step-down method; None stays None and does not count."""
+    known = sorted((v, i) for i, v in enumerate(p) if v is not None)
+    found: list[float | None] = [None] * len(p)
+    worst = 0.0
+    for place, (value, i) in enumerate(known):
+        worst = max(worst, min(1.0, (len(known) - place) * value))
+        found[i] = worst
+    return found
+
+
+def against(runs: Sequence[Runs], one: int) -> list[float | None]:
+    """Corrected p values of all others against one; None for itself."""
+    return holm([None if i == one else compare(r, runs[one]) for i, r in enumerate(runs)])
+
+
+def ranks(runs: Sequence[Runs], fit: Sequence[bool]) -> list[int | None]:
+    """Ranks of methods that come best first; None for those that are not `fit` to be ranked.
+
+    The best and all that a test does not tell apart from it share rank 1; of the rest, again the best and
+    all that are not told apart from it share the next, and so on, with Holm's correction in each round.
+    """
+    found: list[int | None] = [None] * len(runs)
+    left = [i for i in range(len(runs)) if fit[i]]
+    rank = 1
+    while left:
+        p = [1.0, *against([runs[i] for i in left], 0)[1:]]
+        alike = [i for i, v in zip(left, p, strict=True) if v is None or v >= LEVEL]
+        for i in alike:
+            found[i] = rank
+        rank += len(alike)
+        left = [i for i in left if found[i] is None]
+    return found
