@@ -167,10 +167,10 @@ def averages(records: list[Record], members: Iterable[str]) -> list[dict[str, An
 ABOUT = (
     "Mean over seeds; +-95 %: half the t interval of that mean; se: standard error over the scored rows, "
     "mean over seeds. Rank: the best and all that a paired test on the same rows and seeds does not tell "
-    "apart from it share rank 1, and so on with the rest; fewer than 3 seeds, or no outcomes per row: not ranked. "
-    "p: that test against the best row and against the baseline, Holm-corrected in the table (McNemar's "
-    "exact test for right and wrong answers, else a bootstrap). A method that can be merged is scored "
-    "merged; unmerged: on the first rows only, as a check."
+    "apart from it share rank 1, and so on with the rest; fewer than 3 seeds, or no outcomes per row: not "
+    "ranked. p: that test against the best row and against the baseline, Holm-corrected in the table "
+    "(McNemar's exact test for right and wrong answers, else a bootstrap). A method that can be merged is "
+    "scored merged; unmerged: on the first rows only, as a check."
 )
 
 

@@ -21,6 +21,8 @@ COMMANDS = [
     "sweep",
     "generate",
     "board",
+    "recommend",
+    "verify",
     "list",
     "show",
     "params",

@@ -26,7 +26,10 @@ def board(
     ),
     json: bool = show.JSON,
 ) -> None:
-    """Ranked tables per task, model, data source and protocol: Markdown, CSV, static pages."""
+    """Rank what may be compared: Markdown, CSV, static pages.
+
+    A table per task, model, data source, protocol, budget and device.
+    """
     from peftzoo import board as engine
     from peftzoo import external, replicas, site
     from peftzoo.files import write_atomically

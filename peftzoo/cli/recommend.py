@@ -27,7 +27,10 @@ def recommend(
     top: int = typer.Option(5, min=1, help="Rows of each table to show."),
     json: bool = show.JSON,
 ) -> None:
-    """Measured methods within a budget, best mean first, and what is missing. Nothing is extrapolated."""
+    """Name the measured methods that fit a budget.
+
+    Best mean first, with what is missing; nothing is extrapolated.
+    """
     from peftzoo import board, store
     from peftzoo import recommend as engine
     from peftzoo.errors import UserError

@@ -27,8 +27,9 @@ def verify(
     plugin: list[str] = show.PLUGIN,
     json: bool = show.JSON,
 ) -> None:
-    """Check a record's checksums, do its run again, and compare score and counts.
+    """Check a record and do its run again.
 
+    Checksums, outcomes per row, score and counts are compared.
     An edited record is refused. The same device and versions give the same score; others round otherwise.
     """
     from peftzoo import store
