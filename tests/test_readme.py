@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MIRROR = ROOT.parent / "shared" / "data"
 SHORTER = {"bench": ["--steps", "2", "--limit", "4"], "profile": ["--rounds", "1", "--length", "16"]}
+SHORTER["sweep"] = ["--dry-run"]
 SHORTER["generate"] = ["--steps", "2", "--limit", "2", "--batch-size", "2"]
 """Added to a command so that it ends soon; what the README shows stays as it is."""
 
@@ -87,6 +88,10 @@ def test_command(words: list[str], folder: Path) -> None:
             pytest.skip(f"{alias} is not on this machine")
     if "--plugin" in words and not (folder / words[-1]).exists():  # the line before it in the README
         call(folder, "new-method", words[1])
+    if words[0] == "sweep":
+        if "ray" in words:
+            pytest.importorskip("ray")
+        (folder / words[1]).write_text(blocks("yaml")[0])
     needed = {"export": 1, "import": 2}.get(words[0], 0)
     for made, command in list(EARLIER.items())[:needed]:
         if not (folder / made).exists():
