@@ -92,7 +92,7 @@ def test_command(words: list[str], folder: Path) -> None:
         if "ray" in words:
             pytest.importorskip("ray")
         (folder / words[1]).write_text(blocks("yaml")[0])
-    needed = {"export": 1, "import": 2}.get(words[0], 0)
+    needed = {"export": 1, "import": 2, "board": 1, "recommend": 1}.get(words[0], 0)
     for made, command in list(EARLIER.items())[:needed]:
         if not (folder / made).exists():
             call(folder, *command.split())
