@@ -64,7 +64,8 @@ def read(file: Path) -> Result:
 
 def _facts(raw: Any) -> dict[str, Any]:
     train, config = _at(raw, "train_info"), _at(raw, "run_info", "train_config")
-    metrics = [m for m in _at(raw, "train_info", "metrics") or [] if isinstance(m, dict)]
+    metrics = _at(raw, "train_info", "metrics")
+    metrics = [m for m in metrics if isinstance(m, dict)] if isinstance(metrics, list) else []
     last = next((m for m in reversed(metrics) if "test accuracy" in m), {})
     memory = _at(train, "accelerator_memory_max")
     size = _at(train, "file_size")

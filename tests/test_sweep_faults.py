@@ -96,7 +96,12 @@ def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path) -> None:
     while sum(killed.values()) < KILLS:
         going = process(out, requests(range(len(made) + 1)), workers=1)  # one run is always left to do
         time.sleep(rng.uniform(0, long))
-        whole_sweep = psutil.Process(going.pid)  # there until it is joined, dead or alive
+        try:
+            whole_sweep = psutil.Process(going.pid)
+        except psutil.NoSuchProcess:  # it has ended
+            going.join()
+            made, steps = records(out), reached(out)
+            continue
         workers = whole_sweep.children()
         kind = "worker" if workers and rng.random() < 0.5 else "sweep"
         if going.is_alive():
@@ -152,7 +157,10 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path) -> None:
         "--workers",
         "1",
     ]
-    going = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    going = subprocess.Popen(
+        line, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+    )  # fmt: skip
     while not [*out.glob("checkpoints/*.safetensors")]:
         assert going.poll() is None, going.stderr.read()
         time.sleep(0.05)

@@ -10,10 +10,7 @@ from peftzoo.cli import show
 
 
 def add(app: typer.Typer) -> None:
-    app.command(
-        epilog="Example: peftzoo recommend --model embedded --task-like math --max-trainable 1M "
-        "--max-train-memory 16GB"
-    )(recommend)
+    app.command(epilog="Example: peftzoo recommend --model embedded --max-trainable 1M")(recommend)
 
 
 def recommend(
