@@ -231,7 +231,7 @@ def _hub(wanted: _Wanted, _: Path | None) -> Found:
         datasets.config.HF_HUB_OFFLINE = True
     try:
         found = datasets.load_dataset(wanted.path, wanted.name, **wanted.kwargs)
-    except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
+    except (ConnectionError, FileNotFoundError, OSError, ValueError, RuntimeError) as error:
         why = "the Hub cannot be reached" if offline else " ".join(str(error).split())[:120]
         raise NoRows(
             f'no data for task "{wanted.task}": {why}; three ways out: --data FOLDER (a local mirror, see '

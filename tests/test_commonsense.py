@@ -273,8 +273,8 @@ def test_splits_share_no_question(name: str) -> None:
 
 
 def margin(chance: float, n: int) -> float:
-    """Four standard errors of a share."""
-    return 4 * math.sqrt(chance * (1 - chance) / n)
+    """Five standard errors of a share."""
+    return 5 * math.sqrt(chance * (1 - chance) / n)
 
 
 @pytest.mark.parametrize("name", CHOICE)
