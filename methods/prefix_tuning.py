@@ -43,7 +43,7 @@ class PrefixTuning(Adapter):
     paper = "Li and Liang, Prefix-Tuning, arXiv 2101.00190 (ACL 2021)"
     family = "prompt"
     peft = "PrefixTuningConfig"
-    lr = 5e-2
+    lr = 0.15
     mergeable = False
     identity_at_init = False
     kind = ATTENTION

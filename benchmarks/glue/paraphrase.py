@@ -16,9 +16,9 @@ def _reports(rng: random.Random, same: int) -> tuple[str, str]:
     told = again = rng.sample(events.DETAILS, 2)
     if not same:
         pick = rng.random()
-        if pick < 0.6:
+        if pick < 0.8:
             again = [rng.choice(told), other(rng, events.DETAILS, *told)]
-        elif pick < 0.85:
+        elif pick < 0.93:
             slots = ("giver", "taker", "sold", "thing", *told)
             second = events.changed(rng, event, slots, rng.choice((1, 2)))
         else:
