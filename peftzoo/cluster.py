@@ -61,7 +61,7 @@ class Cluster:
         self.ready: deque[Done] = deque()
 
     def submit(self, job: Job) -> None:
-        if store.path(job.out, blank(Plan(job.request))).is_file():
+        if all(store.path(job.out, blank(Plan(r))).is_file() for r in job.requests):
             self.ready.append(perform(job))  # which finds it there
             return
         task = self.task.remote(job, self.plugins, self.threads, self.flag)
@@ -104,11 +104,11 @@ def _perform(job: Job, plugins: list[str], threads: int, flag: Path) -> Done:
     name = hashlib.sha256(str(job.out).encode()).hexdigest()[:12]
     out = Path(tempfile.gettempdir()) / f"peftzoo-{name}"
     done = perform(replace(job, out=out))
-    if (record := done.record) is not None:
+    for record in (r for r, _ in [(done.record, done.new), *done.others] if r is not None):
         target = store.path(out, record)
         found = [target, *target.parent.glob(f"{target.stem}.examples*")]
         found += (out / "adapters" / target.stem).glob("adapter.*")
-        done.files = {str(f.relative_to(out)): f.read_bytes() for f in reversed(found)}  # the record last
+        done.files |= {str(f.relative_to(out)): f.read_bytes() for f in reversed(found)}  # the record last
     return replace(done, job=job)
 
 

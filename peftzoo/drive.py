@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,9 @@ PATIENCE = 5.0
 class Executor(Protocol):
     """Takes jobs, and gives back what became of each."""
 
+    count: int
+    """Jobs at once."""
+
     def submit(self, job: Job) -> None: ...
 
     def next(self) -> Done: ...
@@ -40,10 +43,11 @@ class Drive:
         self.lost: list[str] = []
         """Runs of which there is not even a record, and why."""
 
-    def do(self, requests: Iterable[Request], studies: Iterable[Study] = ()) -> None:
-        """Do these runs, and those that each search settles on."""
-        for request in requests:
-            self._submit(request, None)
+    def do(self, requests: Sequence[Request], studies: Iterable[Study] = (),
+           pack: tuple[int | None, int | None] = (1, None)) -> None:  # fmt: skip
+        """Do these runs, in packs of so many or of that size, and those that each search settles on."""
+        for group in self._groups(requests, pack[0]):
+            self._submit(group[0], None, group[1:], pack)
         for study in studies:
             self._advance(study)
         while self.waiting:
@@ -51,11 +55,23 @@ class Drive:
             if not (done.busy or done.died) or not self._again(done):
                 self._take(done, self.waiting.pop(done.job.number))
 
-    def _submit(self, request: Request, study: Study | None) -> None:
+    def _groups(self, requests: Sequence[Request], size: int | None) -> list[tuple[Request, ...]]:
+        """Runs of one model and task, as many as one worker does together."""
+        alike: dict[tuple, list[Request]] = {}
+        for request in requests:
+            alike.setdefault((request.task, request.model), []).append(request)
+        found = []
+        for group in alike.values():
+            most = size or -(-len(group) // self.executor.count)
+            found += [tuple(group[i : i + most]) for i in range(0, len(group), most)]
+        return found
+
+    def _submit(self, request: Request, study: Study | None, mates: tuple[Request, ...] = (),
+                pack: tuple[int | None, int | None] = (1, None)) -> None:  # fmt: skip
         self.count += 1
         self.waiting[self.count] = study
         out = self.out / "tuning" if request.hold_out else self.out
-        self.executor.submit(Job(self.count, request, out))
+        self.executor.submit(Job(self.count, request, out, mates=mates, pack=pack))
 
     def _again(self, done: Done) -> bool:
         """Give the job back to the executor where that makes sense."""
@@ -65,25 +81,32 @@ class Drive:
             return True
         if job.tries + 1 >= TRIES:
             return False
-        self.note(f"{_title(job.request)}: {done.died}; it goes on from its checkpoint")
+        self.note(f"{_title(job)}: {done.died}; it goes on from its checkpoint")
         self.executor.submit(replace(job, tries=job.tries + 1))
         return True
 
     def _take(self, done: Done, study: Study | None) -> None:
-        request, record = done.job.request, done.record
-        if record is None:
-            try:
-                record = fail(request, done.job.out, done.died)[0]
-            except Exception as error:
-                self.lost.append(f"{_title(request)}: {done.died} ({type(error).__name__}: {error})")
-                self.note(self.lost[-1])
-        if record is not None:
-            self.tell(record, done.new, study is not None)
-        if study is not None:
-            study.tell(record)
-            self._advance(study)
-        elif record is not None:
-            self.records.append((record, store.path(self.out, record), done.new))
+        found = [(done.record, done.new), *done.others]
+        for place, request in enumerate(done.job.requests):
+            record, new = found[place] if place < len(found) else (None, True)
+            if record is None:
+                record = self._failed(replace(done.job, request=request, mates=()), done.died)
+            if record is not None:
+                self.tell(record, new, study is not None)
+            if study is not None:
+                study.tell(record)
+                self._advance(study)
+            elif record is not None:
+                self.records.append((record, store.path(self.out, record), new))
+
+    def _failed(self, job: Job, reason: str | None) -> Record | None:
+        """The record of a run of which nothing came back."""
+        try:
+            return fail(job.request, job.out, reason or "nothing came back of it")[0]
+        except Exception as error:
+            self.lost.append(f"{_title(job)}: {reason} ({type(error).__name__}: {error})")
+            self.note(self.lost[-1])
+            return None
 
     def _advance(self, study: Study) -> None:
         if trial := study.ask():
@@ -96,6 +119,7 @@ class Drive:
             self.note(self.lost[-1])
 
 
-def _title(request: Request) -> str:
-    held = ", a trial" if request.hold_out else ""
-    return f"{request.method} on {request.task}, seed {request.seed}{held}"
+def _title(job: Job) -> str:
+    r = job.request
+    held = ", a trial" if r.hold_out else f" and {len(job.mates)} more" if job.mates else ""
+    return f"{r.method} on {r.task}, seed {r.seed}{held}"

@@ -42,13 +42,16 @@ class Scale:
     spread: float = 1.0
 
 
-def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None) -> Any:
-    """lm-eval's task object over these rows (`data.Rows`); training uses the same prompts."""
+def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name: str | None = None) -> Any:
+    """lm-eval's task object over these rows (`data.Rows`); training uses the same prompts.
+
+    `name` is told to the model with each request, where several of them are answered together.
+    """
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    config = task.harness()
+    config = task.harness() | ({"task": name} if name else {})
     if task.output_type == "generate_until":
         kwargs = {"do_sample": False} | (config.get("generation_kwargs") or {})
         config["generation_kwargs"] = kwargs | ({"max_gen_toks": max_new_tokens} if max_new_tokens else {})
@@ -77,17 +80,27 @@ def language(
 
     The share of answers that cannot be parsed is counted with the filter that `metric` names.
     """
-    from lm_eval.evaluator import evaluate
-
     from peftzoo.lm import LanguageModel
+
+    lm = LanguageModel(model, tokenizer, batch_size, torch.bfloat16 if precision == "bf16" else None)
+    return asked(lm, [lm_task], metric)[0]
+
+
+def asked(lm: Any, lm_tasks: list[Any], metric: str = "") -> list[Scores]:
+    """What lm-eval makes of `lm`'s answers to tasks of different names; all requests reach it at once."""
+    from lm_eval.evaluator import evaluate
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap would start a process per core
     begin = time.perf_counter()
-    lm = LanguageModel(model, tokenizer, batch_size, torch.bfloat16 if precision == "bf16" else None)
-    name = lm_task.config.task
-    tasks = {"tasks": {name: lm_task}, "groups": {}, "group_map": {}}
+    tasks = {"tasks": {t.config.task: t for t in lm_tasks}, "groups": {}, "group_map": {}}
     with redirect_stdout(io.StringIO()):  # it prints the names of the scores that it bootstraps
         results = evaluate(lm, tasks, bootstrap_iters=200, log_samples=True)
+    seconds = (time.perf_counter() - begin) / len(lm_tasks)
+    return [_read(results, t, metric, seconds) for t in lm_tasks]
+
+
+def _read(results: dict[str, Any], lm_task: Any, metric: str, seconds: float) -> Scores:
+    name = lm_task.config.task
     scores = {
         k: v for k, v in results["results"][name].items() if isinstance(v, (int, float)) and k != "sample_len"
     }
@@ -100,7 +113,7 @@ def language(
     unparsed = None
     if lm_task.OUTPUT_TYPE == "generate_until":
         unparsed = sum(s["filtered_resps"][0] == INVALID for s in mine) / len(mine)
-    return Scores(values, errors, len(mine), unparsed, time.perf_counter() - begin, outcomes)
+    return Scores(values, errors, len(mine), unparsed, seconds, outcomes)
 
 
 def _finite(value: float) -> float | None:

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,22 +26,34 @@ TRANSPORTED = 2**28
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be done. `patience`: seconds to wait while another program does it."""
+    """One run to be done, or several in packs. `patience`: seconds to wait while another program does it."""
 
     number: int
     request: Request
     out: Path
     patience: float = 0
     tries: int = 0
+    mates: tuple[Request, ...] = ()
+    """Runs of the same model and task that are done with it, in packs as `pack` says."""
+    pack: tuple[int | None, int | None] = (1, None)
+    """Runs in a pack, at most, and bytes that they may take."""
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        return (self.request, *self.mates)
 
 
 @dataclass
 class Done:
-    """What became of a job: a record, or that another program does it, or that its worker died."""
+    """What became of a job: a record, or that another program does it, or that its worker died.
+
+    `others`: records of its mates, and whether they are new.
+    """
 
     job: Job
     record: Record | None = None
     new: bool = True
+    others: list[tuple[Record | None, bool]] = field(default_factory=list)
     busy: bool = False
     died: str | None = None
     files: dict[str, bytes] = field(default_factory=dict)
@@ -52,6 +64,8 @@ def perform(job: Job, say: Callable[..., None] | None = None) -> Done:
     """Do the run in this process; whatever breaks becomes a record with status `failed`."""
     from peftzoo.run import Busy, fail, run, why
 
+    if job.mates:
+        return _together(job, say)
     try:
         record, _, new = run(job.request, job.out, progress=say, patience=job.patience)
     except Busy:
@@ -65,6 +79,21 @@ def perform(job: Job, say: Callable[..., None] | None = None) -> Done:
     if job.request.hold_out:  # nobody asks for a trial's adapter
         shutil.rmtree(job.out / "adapters" / f"{record.id}-s{record.seed}", ignore_errors=True)
     return Done(job, record, new)
+
+
+def _together(job: Job, say: Callable[..., None] | None) -> Done:
+    """Do a job's runs in packs; where that breaks down, one by one."""
+    from peftzoo.packing import run_packs
+
+    size, room = job.pack
+    try:
+        found = [
+            (r, new) for r, _, new in run_packs([*job.requests], job.out, size=size, room=room, progress=say)
+        ]
+    except Exception:
+        each = [perform(replace(job, request=r, mates=(), patience=-1), say) for r in job.requests]
+        found = [(done.record, done.new) for done in each]
+    return Done(job, *found[0], found[1:])
 
 
 def cores() -> int:

@@ -1,12 +1,14 @@
 """The language model as lm-evaluation-harness asks it: log-likelihoods of continuations, greedy generation.
 
-A prompt that several continuations share is computed once; a row whose answer is complete leaves the batch.
+A prompt that several continuations share is computed once: it stands in one row with all of them, and the
+mask keeps them from seeing each other. A row whose answer is complete leaves the batch.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +26,12 @@ LONGEST = 2048
 
 @dataclass
 class Continuation:
-    """One request: tokens `whole`, scored from `start` on; `place` in the list of answers."""
+    """One request: tokens `whole`, scored from `start` on; `place` in the list of answers; whose it is."""
 
     place: int
     whole: list[int]
     start: int
+    owner: int = 0
 
     @property
     def fed(self) -> list[int]:
@@ -43,8 +46,37 @@ class Family:
     shared: int
 
     @property
+    def owner(self) -> int:
+        return self.members[0].owner
+
+    @property
     def tokens(self) -> int:
         return self.shared + sum(len(m.fed) - self.shared for m in self.members)
+
+    @property
+    def branched(self) -> bool:
+        """Whether two members have tokens of their own; else the row is one plain text."""
+        return sum(len(m.fed) > self.shared for m in self.members) > 1
+
+    def row(self) -> tuple[list[int], list[int], list[int]]:
+        """Tokens, their positions, and their branches: 0 for what is shared, k for member k's own tokens."""
+        ids = self.members[0].fed[: self.shared]
+        positions, branches = [*range(self.shared)], [0] * self.shared
+        for k, member in enumerate(self.members, 1):
+            ids = ids + member.fed[self.shared :]
+            own = range(self.shared, len(member.fed))
+            positions += own
+            branches += [k] * len(own)
+        return ids, positions, branches
+
+    def asked(self) -> list[list[int]]:
+        """For each member the places in the row whose logits say its continuation."""
+        found, first = [], self.shared
+        for m in self.members:
+            after = first - self.shared
+            found.append([p if p < self.shared else p + after for p in range(m.start - 1, len(m.fed))])
+            first += len(m.fed) - self.shared
+        return found
 
 
 class LanguageModel(TemplateLM):
@@ -62,6 +94,7 @@ class LanguageModel(TemplateLM):
         self._on = next(model.parameters()).device
         known = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
+        self._branches: bool | None = None if "position_ids" in self._takes else False
         self.max_length = getattr(model.config, "max_position_embeddings", None) or LONGEST
         ends = model.generation_config.eos_token_id
         self._ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -85,32 +118,40 @@ class LanguageModel(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         raise NotImplementedError("a task file has output_type generate_until or multiple_choice")
 
+    # -- several models in one ----------------------------------------------------------------------
+
+    def owner(self, request: Any) -> int:
+        """Whose answer is asked for, where the model is several in one."""
+        return 0
+
+    def rows_of(self, owners: list[int]) -> AbstractContextManager:
+        """Within it, row i of a batch belongs to `owners[i]`, which are in ascending order."""
+        return nullcontext()
+
     # -- one forward pass ---------------------------------------------------------------------------
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: Any, keep: int) -> Tensor:
-        """Logits (B, keep or T, V) of `ids` (B, T), which follow what `cache` holds; `mask` covers both."""
-        more: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, keep: int, owners: list[int],
+                 cache: Any = None) -> Tensor:  # fmt: skip
+        """Logits (B, keep, V) of the last tokens of `ids` (B, T), which follow what `cache` holds."""
+        more: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
         if "position_ids" in self._takes:
-            more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if keep and "logits_to_keep" in self._takes:
+            more["position_ids"] = positions
+        if "logits_to_keep" in self._takes:
             more["logits_to_keep"] = keep
-        with torch.autocast(self._on.type, self.autocast, enabled=self.autocast is not None):
+        mixed = torch.autocast(self._on.type, self.autocast, enabled=self.autocast is not None)
+        with mixed, self.rows_of(owners):
             logits = self.model(input_ids=ids, attention_mask=mask, **more).logits
-        return logits[:, -keep:] if keep else logits
+        return logits[:, -keep:]
 
-    def _padded(self, rows: Sequence[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-        """Rows of tokens as ids and mask, each (B, longest)."""
+    def _padded(self, rows: Sequence[list[int]], pad: int = 0) -> Tensor:
+        """Rows of numbers as one tensor (B, longest), filled up on the left."""
         width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.long), 1
-        return ids.to(self._on), mask.to(self._on)
+        return torch.tensor([[pad] * (width - len(row)) + row for row in rows]).to(self._on)
 
     # -- continuations ------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self._owners = [self.owner(r) for r in requests]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -118,39 +159,67 @@ class LanguageModel(TemplateLM):
         asked = []
         for place, (_, context, continuation) in enumerate(requests):
             whole = (context + continuation)[-(self.max_length + 1) :]
-            asked.append(Continuation(place, whole, len(whole) - len(continuation)))
+            start = max(len(whole) - len(continuation), 1)
+            asked.append(Continuation(place, whole, start, self._owners[place]))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
-        for batch in _batches(_families(asked, self.batch_size), self.batch_size):
+        families = [*_families(asked, self.batch_size)]
+        if not self._branching(families):
+            families = [_alone(member) for member in asked]
+        for batch in _batches(families, self.batch_size):
             for member, answer in self._score(batch):
                 answers[member.place] = answer
         return answers
 
+    def _branching(self, families: list[Family]) -> bool:
+        """Whether the model heeds the mask and the positions of a row with branches: tried on the longest."""
+        several = [f for f in families if f.branched]
+        if self._branches is None and several:
+            trial = max(several, key=lambda f: f.tokens)
+            exact = self.autocast is None and next(self.model.parameters()).dtype.itemsize >= 4
+            loose = 1e-4 if exact else 0.02
+            try:
+                mine, theirs = ([value for _, (value, _) in self._score(fs)]
+                                for fs in ([trial], [_alone(m) for m in trial.members]))  # fmt: skip
+                pairs = zip(mine, theirs, strict=True)
+                self._branches = all(abs(a - b) <= loose * (10 + abs(b)) for a, b in pairs)
+            except (RuntimeError, ValueError, TypeError):  # such a mask is not for it
+                self._branches = False
+        return self._branches or not several
+
     @torch.inference_mode()
-    def _score(self, families: list[Family]) -> Iterator[tuple[Continuation, tuple[float, bool]]]:
-        members = [m for f in families for m in f.members]
-        shared = [f.shared for f in families for _ in f.members]
-        rest = [m.fed[s:] for m, s in zip(members, shared, strict=True)]
-        mine = torch.tensor([i for i, f in enumerate(families) for _ in f.members], device=self._on)
-        cache, seen, last = DynamicCache(), None, None
-        if families[0].shared:
-            ids, seen = self._padded([f.members[0].fed[: f.shared] for f in families], left=True)
-            last = self._forward(ids, seen, cache, keep=1)[mine]
-        after = None
-        if max(map(len, rest)):
-            ids, mask = self._padded(rest, left=False)
-            if seen is not None:
-                mask = torch.cat([seen[mine], mask], 1)
-                if len(mine) != len(families):
-                    cache.batch_select_indices(mine)
-            after = self._forward(ids, mask, cache, keep=0)
-        for i, member in enumerate(members):
-            row = after[i] if after is not None else last[i, :0]
-            row = torch.cat([last[i], row]) if last is not None else row
-            first = member.start - shared[i] - (last is None)
-            wanted = torch.tensor(member.whole[member.start :], device=self._on)
-            logits = row[first : first + len(wanted)].float().log_softmax(-1)
-            said = logits.argmax(-1).equal(wanted)
-            yield member, (float(logits.gather(-1, wanted[:, None]).sum()), said)
+    def _score(self, batch: list[Family]) -> list[tuple[Continuation, tuple[float, bool]]]:
+        families = sorted(batch, key=lambda f: f.owner)
+        rows = [f.row() for f in families]
+        ids = self._padded([row for row, _, _ in rows], self.tokenizer.pad_token_id or 0)
+        positions, branches = self._padded([r[1] for r in rows]), self._padded([r[2] for r in rows], -1)
+        longest = max(f.tokens - min(map(min, f.asked())) for f in families)
+        mask = (branches >= 0).long()
+        if any(f.branched for f in families):
+            mask = self._sight(branches)
+        logits = self._forward(ids, mask, positions, longest, [f.owner for f in families])
+        members, found, lengths, wanted = [], [], [], []
+        for i, family in enumerate(families):
+            before = longest - family.tokens
+            for member, places in zip(family.members, family.asked(), strict=True):
+                members.append(member)
+                found += [(i, before + p) for p in places]
+                lengths.append(len(places))
+                wanted += member.whole[member.start :]
+        row, place = torch.tensor(found, device=self._on).T
+        said = logits[row, place].float().log_softmax(-1)
+        tokens = torch.tensor(wanted, device=self._on)
+        values = said.gather(-1, tokens[:, None])[:, 0].double().split(lengths)
+        right = (said.argmax(-1) == tokens).split(lengths)
+        sums, greedy = torch.stack([v.sum() for v in values]), torch.stack([r.all() for r in right])
+        return [*zip(members, zip(sums.tolist(), greedy.tolist(), strict=True), strict=True)]
+
+    def _sight(self, branches: Tensor) -> Tensor:
+        """What to add to attention scores (B, 1, T, T): each token sees what is shared and its own branch."""
+        mine, theirs = branches[:, :, None], branches[:, None, :]
+        sees = ((theirs == 0) | (theirs == mine)).tril()
+        dtype = next(self.model.parameters()).dtype
+        far = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self._on)
+        return torch.where(sees, torch.zeros_like(far), far)[:, None]
 
     # -- generation ---------------------------------------------------------------------------------
 
@@ -167,21 +236,29 @@ class LanguageModel(TemplateLM):
             prompts = {p: self.tok_encode(requests[p].args[0])[-room:] for p in places}
             order = sorted(places, key=lambda p: -len(prompts[p]))
             for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                found = self._generate([prompts[p] for p in rows], stops, longest)
+                rows = sorted(order[start : start + self.batch_size], key=lambda p: self.owner(requests[p]))
+                owners = [self.owner(requests[p]) for p in rows]
+                found = self._generate([prompts[p] for p in rows], stops, longest, owners)
                 for p, tokens in zip(rows, found, strict=True):
                     answers[p] = postprocess_generated_text(self.tokenizer.decode(tokens), stops, None)
         return answers
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], stops: list[str], longest: int) -> list[list[int]]:
+    def _generate(
+        self, prompts: list[list[int]], stops: list[str], longest: int, owners: list[int]
+    ) -> list[list[int]]:
         """New tokens of each prompt, without the end token."""
         said: list[list[int]] = [[] for _ in prompts]
         live = list(range(len(prompts)))
-        ids, mask = self._padded(prompts, left=True)
+        ids, mask = (
+            self._padded(prompts, self.tokenizer.pad_token_id or 0),
+            self._padded([[1] * len(p) for p in prompts]),
+        )
         cache, back = DynamicCache(), LOOK_BACK + max((len(s) for s in stops), default=0)
         for _ in range(longest):
-            new = self._forward(ids, mask, cache, keep=1)[:, -1].argmax(-1)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            who = [owners[i] for i in live]
+            new = self._forward(ids, mask, positions, 1, who, cache)[:, -1].argmax(-1)
             tokens = new.tolist()
             going = [i for i, token in enumerate(tokens) if token not in self._ends]
             for i in going:
@@ -198,18 +275,25 @@ class LanguageModel(TemplateLM):
         return said
 
 
+def _alone(member: Continuation) -> Family:
+    return Family([member], min(member.start, len(member.fed)))
+
+
 def _families(asked: list[Continuation], rows: int) -> Iterator[Family]:
     """Requests that follow each other in families of up to `rows`, where that saves tokens."""
-    run: list[Family] = []
+    run: Family | None = None
     for member in asked:
-        alone = Family([member], min(member.start, len(member.fed)))
-        if run and len(run[-1].members) < rows:
-            joined = _joined(run[-1], member)
-            if joined.tokens < run[-1].tokens + alone.tokens and joined.shared:
-                run[-1] = joined
+        alone = _alone(member)
+        if run and len(run.members) < rows and run.owner == member.owner:
+            joined = _joined(run, member)
+            if joined.tokens < run.tokens + alone.tokens and joined.shared:
+                run = joined
                 continue
-        run.append(alone)
-    yield from run
+        if run:
+            yield run
+        run = alone
+    if run:
+        yield run
 
 
 def _joined(family: Family, member: Continuation) -> Family:
@@ -221,13 +305,11 @@ def _joined(family: Family, member: Continuation) -> Family:
     return Family([*family.members, member], shared)
 
 
-def _batches(families: Iterator[Family], rows: int) -> Iterator[list[Family]]:
-    """Families of like length together, longest first; those without a shared prompt on their own."""
-    order = sorted(families, key=lambda f: (f.shared > 0, f.shared, f.tokens), reverse=True)
+def _batches(families: list[Family], rows: int) -> Iterator[list[Family]]:
+    """Families of like length together, longest first, up to `rows` continuations at a time."""
     batch: list[Family] = []
-    for family in order:
-        full = sum(len(f.members) for f in batch) + len(family.members) > rows
-        if batch and (full or bool(family.shared) != bool(batch[0].shared)):
+    for family in sorted(families, key=lambda f: f.tokens, reverse=True):
+        if batch and sum(len(f.members) for f in batch) + len(family.members) > rows:
             yield batch
             batch = []
         batch.append(family)

@@ -33,7 +33,7 @@ class PackLoop:
         if {loop.config.precision for loop in loops} != {first.config.precision}:
             raise UserError("the runs of a pack share one precision: run bf16 and fp32 apart")
         if any(loop.accelerator.num_processes > 1 for loop in loops):
-            raise UserError("a pack trains in one process: run it without accelerate launch")
+            raise UserError("a pack trains in one process: leave out accelerate launch, or --pack")
         self.loops, self.on_step, self.model = loops, on_step, first.attached.model
         self.pack = Pack([loop.attached for loop in loops])
         self.broken: dict[int, str] = {}
@@ -43,8 +43,9 @@ class PackLoop:
 
     def run(self) -> None:
         """Train all runs to their ends."""
-        first = self.loops[0]
-        device, total = first.accelerator.device, max(loop.config.steps for loop in self.loops)
+        device = self.loops[0].accelerator.device
+        behind = [loop.resume() for loop in self.loops]
+        total = max(loop.config.steps - done for loop, done in zip(self.loops, behind, strict=True))
         handle = attach(self.model, self.pack)
         try:
             self.model.train()
@@ -60,20 +61,22 @@ class PackLoop:
             for loop in self.loops:
                 loop.attached.adapter.eval()
 
-    def _going(self, step: int) -> list[int]:
-        return [i for i, p in enumerate(self.loops) if step <= p.config.steps and i not in self.broken]
+    def _going(self, step: int) -> dict[int, int]:
+        """Of each run that takes part in the pack's step: which of its own steps that is."""
+        own = {i: loop.out.resumed_at + step for i, loop in enumerate(self.loops) if i not in self.broken}
+        return {i: mine for i, mine in own.items() if mine <= self.loops[i].config.steps}
 
-    def _step(self, step: int, going: list[int], total: int) -> None:
+    def _step(self, step: int, going: dict[int, int], total: int) -> None:
         device = self.loops[0].accelerator.device
         measure.synchronize(device)
         begin = time.perf_counter()
-        rows = {i: self.loops[i].batches[step - 1] for i in going}
+        rows = {i: self.loops[i].batches[own - 1] for i, own in going.items()}
         examples = [self.loops[i].examples[n] for i in going for n in rows[i]]
         batch = {k: t.to(device) for k, t in collate(examples, self.loops[0].pad).items()}
         found = self._backward(batch, {i: len(n) for i, n in rows.items()})
-        for i in going:
+        for i, own in going.items():
             try:
-                self.loops[i].update(step, found[i])
+                self.loops[i].update(own, found[i])
                 self.loops[i].out.losses.append(found[i])
             except NonFinite as error:
                 self.broken[i] = str(error)
@@ -82,6 +85,9 @@ class PackLoop:
         seconds, tokens = time.perf_counter() - begin, int(batch["attention_mask"].sum())
         self.step_seconds.append(seconds)
         self.tokens += tokens
+        for i, own in going.items():
+            if i not in self.broken:
+                self.loops[i].save(own)
         if self.on_step:
             known = [v for v in found.values() if math.isfinite(v)]
             self.on_step(step, total, sum(known) / max(len(known), 1), tokens / seconds)
@@ -89,7 +95,7 @@ class PackLoop:
     def _backward(self, batch: dict[str, torch.Tensor], counts: dict[int, int]) -> dict[int, float]:
         """One forward and one backward pass; each run's mean loss."""
         loop = self.loops[0]
-        with self.pack.rows([counts.get(i, 0) for i in range(len(self.loops))]), loop._autocast():
+        with self.pack.rows([counts.get(i, 0) for i in range(len(self.loops))]), loop.autocast():
             sums, numbers = losses.by_slice(self.model, batch, list(counts.values()))
             means = {i: s / max(n, 1) for i, s, n in zip(counts, sums, numbers, strict=True)}
             parts = [means[i] + self.loops[i].attached.adapter.penalty() for i in counts]

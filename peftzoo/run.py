@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import gc
 import re
-import statistics
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from peftzoo import measure, models, store
 from peftzoo.errors import UserError
-from peftzoo.pack import unfit
 from peftzoo.plan import Plan, Request
-from peftzoo.train import Loop, NonFinite
+from peftzoo.train import NonFinite
 from peftzoo.work import Progress, Work
-
-if TYPE_CHECKING:
-    from peftzoo.packed import PackLoop
 
 Done = tuple[store.Record, Path, bool]
 
@@ -36,16 +31,16 @@ def run(request: Request, out: Path, *, force: bool = False, progress: Progress 
     While another program does the same run, this one waits; `Busy` after `patience` seconds (-1: never).
     """
     say, plan = progress or (lambda *_: None), Plan(request)
-    record, accelerator = blank(plan), accelerator or _accelerator()
+    record, accelerator = blank(plan), accelerator or make_accelerator()
     say("load", 0, 1, {})
-    with _alone(out, record, patience) if accelerator.is_main_process else nullcontext():
+    with alone(out, record, patience) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()  # the others look when the main process may write
         target = store.path(out, record)
         there = target.is_file() and not force
         accelerator.wait_for_everyone()  # no process writes before all have looked
         if there:
             return store.read(target), target, False
-        return _do(Work(plan, _load(plan), record, out, say, tracker, accelerator), force)
+        return _do(Work(plan, load(plan), record, out, say, tracker, accelerator), force)
 
 
 def _do(work: Work, force: bool) -> Done:
@@ -68,7 +63,7 @@ def _do(work: Work, force: bool) -> Done:
         gc.collect()  # model and parts refer to each other: without this a sweep piles them up
     target = _write(out, record, outcomes, accelerator)
     if record.status == "ok" and accelerator.is_main_process:
-        _tidy(out, record)
+        tidy(out, record)
     accelerator.wait_for_everyone()
     return (store.read(target) if accelerator.is_main_process else record), target, True
 
@@ -78,7 +73,7 @@ class Busy(Exception):
 
 
 @contextmanager
-def _alone(out: Path, record: store.Record, patience: float) -> Iterator[None]:
+def alone(out: Path, record: store.Record, patience: float) -> Iterator[None]:
     """Hold the run's lock, which is free again however its holder ends, and remove what was half-written.
 
     Raises `Busy` when the lock is not free after `patience` seconds.
@@ -88,7 +83,7 @@ def _alone(out: Path, record: store.Record, patience: float) -> Iterator[None]:
     try:
         with FileLock(place, timeout=patience):
             if store.path(out, record).is_file():
-                _tidy(out, record)
+                tidy(out, record)
             named = f".{place.stem}*.tmp"
             halves = [*store.path(out, record).parent.glob(named), *(out / "checkpoints").glob(named)]
             for half in (*halves, *(out / "adapters" / place.stem).glob(".*.tmp")):
@@ -98,7 +93,7 @@ def _alone(out: Path, record: store.Record, patience: float) -> Iterator[None]:
         raise Busy(record.name) from None
 
 
-def _tidy(out: Path, record: store.Record) -> None:
+def tidy(out: Path, record: store.Record) -> None:
     """Of a run on record, remove what it would have gone on from."""
     for ending in (".safetensors", ".best.safetensors"):
         (out / "checkpoints" / f"{record.id}-s{record.seed}{ending}").unlink(missing_ok=True)
@@ -113,77 +108,6 @@ def fail(request: Request, out: Path, reason: str) -> tuple[store.Record, Path]:
     record.status, record.reason = "failed", reason
     store.supersede(out, record)
     return record, store.write(out, record)
-
-
-def run_pack(requests: list[Request], out: Path, *, force: bool = False, progress: Progress | None = None,
-             accelerator: Any = None) -> list[Done]:  # fmt: skip
-    """Do several runs of one model and task in one pack; those that cannot share the base follow one by one.
-
-    A run that is on record is not repeated. A run that breaks down leaves the pack, and the others go on; a
-    pack that is interrupted starts again.
-    """
-    from peftzoo.packed import PackLoop
-
-    say, plans = progress or (lambda *_: None), [Plan(r) for r in requests]
-    _alike(plans)
-    say("load", 0, 1, {})
-    loaded, accelerator = _load(plans[0]), accelerator or _accelerator()
-    works, found = [], {}
-    for place, plan in enumerate(plans):
-        record = blank(plan, loaded)
-        target = store.path(out, record)
-        if target.is_file() and not force:
-            found[place] = store.read(target), target, False
-            continue
-        work = Work(plan, loaded, record, out, lambda *_: None, None, accelerator)
-        loop = work.prepare(fresh=True, install=False)
-        if not (plan.choice or unfit(work.attached)):
-            works.append((place, work, loop))
-    packed = PackLoop(
-        [loop for _, _, loop in works],
-        lambda step, total, loss, rate: say("train", step, total, {"loss": loss, "tokens_per_second": rate}),
-    ) if len(works) > 1 else None  # fmt: skip
-    if packed:
-        packed.run()
-        for number, (place, work, loop) in enumerate(works):
-            say("score", number, len(works), {})
-            found[place] = _finished(work, loop, packed, number, out)
-    for place, request in enumerate(requests):
-        if place not in found:
-            found[place] = run(request, out, force=force, progress=progress, accelerator=accelerator)
-    return [found[place] for place in range(len(requests))]
-
-
-def _finished(work: Work, loop: Loop, packed: PackLoop, number: int, out: Path) -> Done:
-    record, outcomes = work.record, []
-    work.fill(loop.out)
-    record.memory = {}  # a single run's share is not known
-    step = statistics.median(packed.step_seconds) * 1e3
-    record.packed = {"runs": len(packed.loops), "step_ms": round(step, 3)} | {
-        k: v for k, v in packed.memory.items() if v is not None
-    }
-    if number in packed.broken:
-        record.status, record.reason = "failed", packed.broken[number]
-    else:
-        try:
-            with work.attached.on():
-                outcomes = work.finish()
-        except Exception as error:
-            record.status, record.reason = why(error)
-    target = store.write(out, record, outcomes)
-    return store.read(target), target, True
-
-
-def _alike(plans: list[Plan]) -> None:
-    """Raise `UserError` unless these runs may share a model and a task."""
-    for plan in plans[1:]:
-        for what, of in (("model", lambda p: p.request.model), ("task", lambda p: p.course.name),
-                         ("precision", lambda p: p.config.precision), ("source", lambda p: p.source),
-                         ("pruning", lambda p: p.request.prune)):  # fmt: skip
-            if of(plan) != of(plans[0]):
-                raise UserError(
-                    f'a pack has one {what}: "{of(plans[0])}" and "{of(plan)}" cannot be in the same one'
-                )
 
 
 def _write(out: Path, record: store.Record, outcomes: list[dict[str, Any]], accelerator: Any) -> Path:
@@ -209,7 +133,7 @@ def _plain(error: BaseException) -> str:
     return re.sub(r"(?<![\w.])(?:/[^\s/:'\"]+)+/", "", " ".join(str(error).split()))[:300]
 
 
-def _load(plan: Plan) -> models.Loaded:
+def load(plan: Plan) -> models.Loaded:
     r, spec = plan.request, plan.head
     head = models.Head(spec.kind, max(len(spec.labels), 1)) if spec else None
     return models.load(r.model, head=head, seed=r.seed, trust_remote_code=r.trust_remote_code)
@@ -236,7 +160,7 @@ def blank(plan: Plan, named: models.Named | models.Loaded | None = None) -> stor
     )  # fmt: skip
 
 
-def _accelerator() -> Any:
+def make_accelerator() -> Any:
     """One process or, under `accelerate launch`, several; precision is the loop's own matter."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 

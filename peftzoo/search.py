@@ -43,7 +43,7 @@ class Search(Loop):
         begin, module = time.perf_counter(), self.accelerator.unwrap_model(self.module)
         size = self.config.micro_batch or len(rows)
         batches = [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
-        with self._autocast():
+        with self.autocast():
             total = sum(float(module(batch)) for batch in batches)
         loss = total / max(sum(map(losses.count, batches)), 1)
         out, seconds = self.out, time.perf_counter() - begin

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from peftzoo import registry, suite
+from peftzoo import packing, registry, suite
 from peftzoo.errors import UserError, nearest, unknown
 from peftzoo.plan import Request
 from peftzoo.train import TrainConfig
@@ -88,7 +88,14 @@ class Sweep(_Strict):
     prune: str | None = None
     max_new_tokens: int | None = None
     save_every: int = 50
+    pack: str = "1"
     search: Search | None = None
+
+    @field_validator("pack", mode="before")
+    @classmethod
+    def _pack(cls, given: Any) -> str:
+        packing.parse("pack", str(given))
+        return str(given)
 
     @property
     def gathers(self) -> bool:

@@ -45,7 +45,28 @@ class Wandb(Tracker):
             self.run.finish()
 
 
-TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "wandb": Wandb}
+class Trackio(Tracker):
+    """Trackio: curves in a folder of this machine (`TRACKIO_DIR`), shown by `trackio show`."""
+
+    run: Any = None
+
+    def start(self, name: str, config: dict[str, Any]) -> None:
+        try:
+            import trackio
+        except ImportError:
+            raise UserError('trackio is not installed: pip install "peftzoo[trackio]"') from None
+        self.run = trackio.init(project="peftzoo", name=name, config=config, embed=False)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.run.log({f"summary/{k}": v for k, v in summary.items() if v is not None})
+            self.run.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "wandb": Wandb, "trackio": Trackio}
 
 
 def tracker(name: str) -> Tracker:

@@ -146,9 +146,9 @@ class Loop:
         if not self.params or not total:
             return out
         torch.manual_seed(self.seed)
-        start = self._resume()
+        start = self.resume()
         self.module.train()
-        self._fitting(self._probe)
+        self._fitting(self.probe)
         with (
             measure.PeakMemory(self.accelerator.device) as peak,
             measure.Energy(self.accelerator.device) as energy,
@@ -158,8 +158,7 @@ class Loop:
                 if step in self.looks:
                     with peak.paused(), energy.paused():
                         self._look(step)
-                if self.save_to and step % self.save_every == 0 and step < total:
-                    self._save(step)
+                self.save(step)
         self.attached.model.eval()
         self.attached.adapter.eval()
         out.memory |= peak.bytes | {"optimizer": measure.optimizer_bytes(self.optimizer)}
@@ -226,8 +225,8 @@ class Loop:
             self.out.halved += 1
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if work != self._probe:
-                self._fitting(self._probe)
+            if work != self.probe:
+                self._fitting(self.probe)
 
     def _accumulate(self, rows: list[int]) -> tuple[float, int]:
         """Forward and backward over one batch, in micro-batches; mean loss and tokens seen."""
@@ -249,7 +248,7 @@ class Loop:
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with acc.no_sync(self.module) if not last else nullcontext():
-                with self._autocast():
+                with self.autocast():
                     part = share * self.module(batch) / max(n, 1)
                     penalty = self.attached.adapter.penalty() if last else 0.0
                 acc.backward(part * acc.num_processes + penalty)  # processes average their gradients
@@ -260,20 +259,22 @@ class Loop:
         batch = collate([self.examples[i] for i in rows], self.pad)
         return {k: t.to(self.accelerator.device) for k, t in batch.items()}
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """The run's precision, within a `with`."""
         device = self.accelerator.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _probe(self) -> None:
+    def probe(self) -> None:
         """Bytes that one forward pass keeps for backward, on the longest micro-batch of the run."""
         longest = max((i for b in self.batches for i in b), key=lambda i: len(self.examples[i].ids))
         batch = self._batch([longest] * self.out.micro_batch)
         module = self.accelerator.unwrap_model(self.module)
-        with torch.random.fork_rng(), self._autocast():
+        with torch.random.fork_rng(), self.autocast():
             saved = measure.saved_bytes(lambda: module(batch), self.attached)
         self.out.memory |= {"saved_for_backward": saved, "weights": measure.weight_bytes(self.attached)}
 
-    def _resume(self) -> int:
+    def resume(self) -> int:
+        """Go on from the checkpoint, if there is one; the number of steps that it has behind it."""
         done = self.save_to and checkpoint.load(self.save_to, self.attached, self.optimizer, self.scheduler)
         if not done:
             return 0
@@ -283,7 +284,10 @@ class Loop:
         out.resumed_at, out.micro_batch, out.halved = done["step"], done["micro_batch"], done["halved"]
         return done["step"]
 
-    def _save(self, step: int) -> None:
+    def save(self, step: int) -> None:
+        """Write a checkpoint where one is due."""
+        if not self.save_to or step % self.save_every or step >= self.config.steps:
+            return
         out = self.out
         progress = {
             "step": step,

@@ -80,8 +80,11 @@ class Work:
             look=self.best,
         )  # fmt: skip
 
-    def finish(self) -> list[dict[str, Any]]:
-        """Save and score what was trained; the per-row outcomes, on the main process."""
+    def finish(self, shared: dict[str, evaluate.Scores] | None = None) -> list[dict[str, Any]]:
+        """Save and score what was trained; the per-row outcomes, on the main process.
+
+        `shared`: the scores on all rows, where they are known from scoring in a pack.
+        """
         outcomes, record, best = [], self.record, self.best
         if self.accelerator.is_main_process:
             if best.scores:
@@ -89,7 +92,7 @@ class Work:
                 record.chosen = {"step": best.chosen, "scores": {str(k): v for k, v in best.scores.items()}}
             folder = self.out / "adapters" / f"{record.id}-s{record.seed}"
             record.adapter_bytes = files.save(self.attached, folder, **self.card())
-            outcomes = self.score(self.attached, self.accelerator.device)
+            outcomes = self.score(self.attached, self.accelerator.device, shared)
             self.remember("loss")
         self.accelerator.free_memory()
         return outcomes
@@ -214,9 +217,15 @@ class Work:
         kind, on = next(self.loaded.model.parameters()).device.type, self.plan.config.precision == "bf16"
         return torch.autocast(kind, torch.bfloat16, enabled=on)
 
-    def score(self, attached: Attached, device: torch.device) -> list[dict[str, Any]]:
-        """Score merged where that is possible, then unmerged on the first rows only; else unmerged on all."""
+    def score(self, attached: Attached, device: torch.device,
+              shared: dict[str, evaluate.Scores] | None) -> list[dict[str, Any]]:  # fmt: skip
+        """Merged where that is possible, and unmerged on the first rows only; else unmerged on all.
+
+        With `shared`, which is unmerged on all rows, it is the merged one that is on the first rows only.
+        """
         record, whole = self.record, {p.name: p.rows.test for p in self.plan.parts}
+        few = -(-CHECKED // len(whole))
+        first = {name: rows.select(range(min(few, len(rows)))) for name, rows in whole.items()}
         merge = attached.adapter.mergeable and bool(attached.sites)
         self.say("score", 0, 1 + merge, {})
         self.loaded.model.eval()
@@ -226,16 +235,17 @@ class Work:
                 with attached.merged():
                     if self.plan.pruning:
                         record.sparsity["merged"] = round(prune.sparsity(self.loaded.model), 6)
-                    found, outcomes = self.measured(whole, device)
+                    found, outcomes = self.measured(first if shared else whole, device)
                     record.merged_score, record.merged_latency = found, self.latency(device)
             except UserError as error:  # two layers that share one weight
                 record.reason = f"not scored merged: {error}"
             self.say("score", 1, 2, {})
-        if outcomes is None:
+        if shared:
+            record.score = self.as_score(shared)
+            outcomes = self.told(shared) if record.result is record.score else outcomes
+        elif outcomes is None:
             record.score, outcomes = self.measured(whole, device)
         else:
-            few = -(-CHECKED // len(whole))
-            first = {name: rows.select(range(min(few, len(rows)))) for name, rows in whole.items()}
             record.score = self.as_score(self.scores(first))
         record.latency = self.latency(device)
         self.say("score", 1 + merge, 1 + merge, {})
@@ -244,13 +254,16 @@ class Work:
     def measured(
         self, rows: dict[str, Any], device: torch.device
     ) -> tuple[store.Score, list[dict[str, Any]]]:
-        """The score, and what it took of memory; outcomes name their task where there are several."""
+        """The score and the outcomes, and what it took of memory, for the record."""
         with measure.PeakMemory(device) as peak:
             found = self.scores(rows)
         self.record.inference_memory = peak.bytes
+        return self.as_score(found), self.told(found)
+
+    def told(self, found: dict[str, evaluate.Scores]) -> list[dict[str, Any]]:
+        """Outcomes of all rows, which name their task where there are several."""
         several = len(found) > 1
-        outcomes = [({"task": n} if several else {}) | o for n, s in found.items() for o in s.outcomes]
-        return self.as_score(found), outcomes
+        return [({"task": n} if several else {}) | o for n, s in found.items() for o in s.outcomes]
 
     def chosen_by(self, device: torch.device) -> float | None:
         """The score on the rows by which a state is chosen."""

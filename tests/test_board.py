@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -234,3 +235,18 @@ def test_the_same_as_plain_json() -> None:
     assert one["steps"] == 100 and isinstance(one["rows"], int)
     assert one["table"][0]["method"] == "lora" and one["table"][0]["score"] == pytest.approx(0.6)
     assert one["table"][0]["trained"] == 1234 and one["table"][1]["ci95"] is None
+
+
+def test_the_committed_boards_are_those_of_the_committed_records(tmp_path) -> None:
+    from typer.testing import CliRunner
+
+    from peftzoo.cli import app
+
+    results = Path(__file__).parents[1] / "results"
+    done = CliRunner().invoke(app, ["board", str(results), "--out", str(tmp_path)])
+    assert done.exit_code == 0 and "skipped" not in done.output, done.output
+    assert (tmp_path / "board.md").read_text() == (results / "board.md").read_text(), "peftzoo board results"
+    made, kept = ({f.name: f for f in (p / "tables").iterdir()} for p in (tmp_path, results))
+    assert made.keys() == kept.keys()
+    for name in made:
+        pd.testing.assert_frame_equal(pd.read_csv(made[name]), pd.read_csv(kept[name]))

@@ -63,6 +63,59 @@ def test_likelihoods_are_lm_evals(loaded, theirs, size: int) -> None:
         assert said == greedy, request.args
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "opt", "gemma2", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_one_row_with_branches_gives_what_single_rows_give(loaded, kind: str, attention: str) -> None:
+    """On architectures that number positions and mask in their own ways."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+             "num_key_value_heads": 1, "head_dim": 16, "ffn_dim": 48, "word_embed_proj_dim": 32,
+             "n_embd": 32, "n_layer": 2, "n_head": 2, "sliding_window": 512}  # fmt: skip
+    known = AutoConfig.for_model(kind).to_dict()
+    keys = {k: v for k, v in small.items() if k in known} | {"vocab_size": len(loaded.tokenizer)}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **keys)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    except ValueError as error:
+        pytest.skip(f"{kind} has no {attention}: {error}")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    asked = choices(random.Random(), 8)
+    lm = LanguageModel(model, loaded.tokenizer, 16, None)
+    found = lm.loglikelihood(asked)
+    plain = LanguageModel(model, loaded.tokenizer, 16, None)
+    plain._branches = False
+    for (value, said), (wanted, greedy) in zip(found, plain.loglikelihood(asked), strict=True):
+        assert value == pytest.approx(wanted, abs=2e-2, rel=1e-3) and said == greedy
+    if kind in ("llama", "gpt2", "qwen2"):
+        assert lm._branches, "the fast way was not taken"
+
+
+def test_a_model_that_ignores_such_a_mask_is_asked_row_by_row(loaded, theirs, monkeypatch) -> None:
+    whole = loaded.model.forward
+
+    def forward(*, attention_mask, position_ids, **more):
+        if attention_mask.ndim == 4:
+            attention_mask = torch.ones(attention_mask.shape[0], attention_mask.shape[-1], dtype=torch.long)
+        return whole(attention_mask=attention_mask, position_ids=position_ids, **more)
+
+    def refusing(*, attention_mask, position_ids, **more):
+        if attention_mask.ndim == 4:
+            raise ValueError("a mask has two dimensions")
+        return whole(attention_mask=attention_mask, position_ids=position_ids, **more)
+
+    asked = choices(random.Random(), 6)
+    wanted = [value for value, _ in theirs.loglikelihood(asked, disable_tqdm=True)]
+    for other in (forward, refusing):
+        lm = LanguageModel(loaded.model, loaded.tokenizer, 8, None)
+        monkeypatch.setattr(loaded.model, "forward", other)
+        assert [value for value, _ in lm.loglikelihood(asked)] == pytest.approx(wanted, abs=2e-3)
+        monkeypatch.undo()
+        assert lm._branches is False
+
+
 def test_what_is_too_long_loses_its_beginning(loaded, theirs, monkeypatch) -> None:
     rng = random.Random()
     lm = LanguageModel(loaded.model, loaded.tokenizer, 4, None)
@@ -80,6 +133,9 @@ def test_a_shared_prompt_is_computed_once() -> None:
     (family,) = _families(asked, 32)
     assert family.shared == 50 and family.tokens == 50 + 4
     assert [len(f.members) for f in _families(asked, 3)] == [3, 1]
+    ids, positions, branches = family.row()
+    assert ids == [*prompt, 60, 61, 62, 63] and positions[-4:] == [50] * 4 and branches[-4:] == [1, 2, 3, 4]
+    assert family.asked() == [[49, 50], [49, 51], [49, 52], [49, 53]]
     strangers = [Continuation(i, [i + 70, *prompt[i:], 60], 51 - i) for i in range(3)]
     assert [f.shared for f in _families(strangers, 32)] == [51, 50, 49]
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
+import time
 
 import pytest
 import torch
+from filelock import FileLock
+from lm_eval.api.instance import Instance
 from torch import nn
 
 from peftzoo import models, registry
@@ -14,10 +18,13 @@ from peftzoo.attached import Attached, attach
 from peftzoo.batches import Example
 from peftzoo.conform.cases import Case, _base, make_batches
 from peftzoo.errors import UserError
+from peftzoo.lm import LanguageModel
 from peftzoo.pack import Pack, unfit
 from peftzoo.packed import PackLoop
-from peftzoo.plan import Request
-from peftzoo.run import run, run_pack
+from peftzoo.packed_lm import PackedModel
+from peftzoo.packing import Packer, parse, run_packs, share
+from peftzoo.plan import Plan, Request
+from peftzoo.run import alone, blank, run
 from peftzoo.train import Loop, TrainConfig
 
 TIGHT = {"rtol": 1e-4, "atol": 1e-5}
@@ -171,6 +178,60 @@ def test_afterwards_the_model_is_bare(accelerator) -> None:
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+# -- scoring --------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    bos_token_id, eos_token_id, pad_token_id = None, 1, 0
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [3 + ord(c) % 40 for c in text]
+
+    def decode(self, ids: list[int] | int) -> str:
+        return "".join(chr(64 + i) for i in ([ids] if isinstance(ids, int) else ids))
+
+
+def asked(members: list[int]) -> tuple[list[Instance], list[Instance]]:
+    """Choices and questions for each of these members, in turn."""
+    choices, questions = [], []
+    for m in members:
+        name = (f"task@{m}", 0, 1)
+        for text in ("ab", "the cat sat"):
+            choices += [Instance("loglikelihood", {}, (text, end), 0, name) for end in (" on", " x", " why")]
+        for text in ("abc", "once upon", "q"):
+            how = {"until": ["~~"], "max_gen_toks": 5, "do_sample": False}
+            questions.append(Instance("generate_until", {}, (text, how), 0, name))
+    return choices, questions
+
+
+@pytest.mark.parametrize("name", registry.methods())
+def test_every_method_is_scored_in_shared_batches_as_alone(name: str) -> None:
+    cls = registry.get(name)
+    if reason := Case(cls, "llama").refusal():
+        pytest.skip(reason)
+    model = copy.deepcopy(_base("llama"))
+    members = [handle(model, name, 1), handle(model, "lora", 2), handle(model, "prefix-tuning", 3)]
+    if unfit(members[0]):
+        pytest.skip(unfit(members[0]))
+    alone: tuple[list, list] = ([], [])
+    for number, member in enumerate(members):
+        choices, questions = asked([number])
+        with member.on():
+            lm = LanguageModel(model.eval(), Letters(), 4, None)
+            alone[0].extend(lm.loglikelihood(choices))
+            alone[1].extend(lm.generate_until(questions))
+    pack = Pack(members)
+    attach(model, pack)
+    lm = PackedModel(pack, model.eval(), Letters(), 4, None)
+    choices, questions = asked([0, 1, 2])
+    for (mine, said), (theirs, so) in zip(lm.loglikelihood(choices), alone[0], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4) and said == so
+    assert lm.generate_until(questions) == alone[1]
+    assert len({tuple(alone[1][i : i + 3]) for i in (0, 3, 6)}) > 1, "the members answer alike: no proof"
+
+
 # -- runs -----------------------------------------------------------------------------------------------
 
 
@@ -185,7 +246,7 @@ def requests() -> list[Request]:
 
 
 def test_records_of_a_pack_are_those_of_single_runs(tmp_path) -> None:
-    packed = run_pack(requests(), tmp_path / "pack")
+    packed = run_packs(requests(), tmp_path / "pack", size=4)
     for (record, path, new), request in zip(packed, requests(), strict=True):
         alone, _, _ = run(request, tmp_path / "alone")
         assert new and path.is_file() and record.status == "ok", record.reason
@@ -195,13 +256,105 @@ def test_records_of_a_pack_are_those_of_single_runs(tmp_path) -> None:
             assert record.packed is None and record.step_time
         else:
             assert record.packed["runs"] == 3 and not any(record.step_time.values())
-    assert [new for _, _, new in run_pack(requests(), tmp_path / "pack")] == [False] * 4
+    assert [new for _, _, new in run_packs(requests(), tmp_path / "pack")] == [False] * 4
+
+
+def test_more_than_64_rows_are_scored_together_unmerged(tmp_path) -> None:
+    short = {"task": "sst2", "limit": 66, "precision": "fp32", "train": {"steps": 2, "batch_size": 2}}
+    asked = [Request("lora", seed=s, **short) for s in (0, 1)]
+    for (record, _, _), request in zip(run_packs(asked, tmp_path / "pack", size=2), asked, strict=True):
+        alone, _, _ = run(request, tmp_path / "alone")
+        assert record.result is record.score and (record.score.rows, record.merged_score.rows) == (66, 64)
+        assert record.result.value == pytest.approx(
+            alone.result.value, abs=1 / 66
+        )  # rounding, one row at most
+        assert record.examples and record.score.seconds > 0
+
+
+def few(count: int = 4) -> list[Request]:
+    short = {"task": "sst2", "limit": 4, "precision": "fp32", "save_every": 2}
+    return [Request("lora", seed=s, train={"steps": 5, "batch_size": 2}, **short) for s in range(count)]
+
+
+def test_the_memory_decides_how_many(tmp_path, accelerator, monkeypatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("peftzoo.packing.share", lambda loop: seen.append(share(loop)) or 100)
+    done = run_packs(few(), tmp_path / "a", room=299)
+    assert [r.packed["runs"] for r, _, _ in done] == [2, 2, 2, 2]
+    loaded = models.load("embedded")
+    assert min(seen) > 4 * done[0][0].trainable_params and max(seen) < 2**30
+    packer = Packer(loaded, tmp_path, accelerator, None, None, False, lambda *_: None, lambda _: None)
+    assert 2**28 < packer.room < 2**50
+
+
+def test_a_run_that_fits_nowhere_is_done_alone(tmp_path) -> None:
+    for record, _, _ in run_packs(few(2), tmp_path, room=1):
+        assert record.status == "ok" and record.packed is None
+
+
+def test_an_interrupted_pack_goes_on(tmp_path) -> None:
+    whole = run_packs(few(2), tmp_path / "whole", size=2)
+
+    def stop(stage: str, step: int, *_: object) -> None:
+        if stage == "train" and step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_packs(few(2), tmp_path / "cut", size=2, progress=stop)
+    assert len([*(tmp_path / "cut/checkpoints").iterdir()]) == 2
+    for (record, path, new), (wanted, _, _) in zip(
+        run_packs(few(2), tmp_path / "cut", size=2), whole, strict=True
+    ):
+        assert new and path.is_file() and record.resumed_at == 2 and record.packed["runs"] == 2
+        assert record.final_loss == pytest.approx(wanted.final_loss, abs=1e-5)
+    assert not [*(tmp_path / "cut/checkpoints").iterdir()]
+
+
+def test_a_pack_that_breaks_down_is_done_one_by_one(tmp_path, monkeypatch) -> None:
+    def broken(self: PackLoop) -> None:
+        raise RuntimeError("out of everything")
+
+    monkeypatch.setattr(PackLoop, "run", broken)
+    notes: list[str] = []
+    done = run_packs(few(2), tmp_path, size=2, note=notes.append)
+    assert [(r.status, r.packed) for r, _, _ in done] == [("ok", None)] * 2
+    assert "out of everything" in notes[0] and "one by one" in notes[0]
+
+
+def test_a_run_that_another_program_does_is_waited_for(tmp_path) -> None:
+    busy = few(3)[1]
+    with alone(tmp_path, blank(Plan(busy)), 0):
+        lock = next((tmp_path / "locks").glob("*.lock"))
+    ready = threading.Event()
+
+    def other() -> None:
+        with FileLock(lock):
+            ready.set()
+            time.sleep(4)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    ready.wait()
+    done = run_packs(few(3), tmp_path, size=3)
+    thread.join()
+    assert [r.packed["runs"] if r.packed else 0 for r, _, _ in done] == [2, 0, 2]
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "2.5", "GB", "0GB", ""])
+def test_bad_sizes_of_a_pack(given: str) -> None:
+    with pytest.raises(UserError, match=r"--pack.*(a number of runs from 1 on, auto, or a size|such as 1M)"):
+        parse("--pack", given)
+
+
+def test_sizes_of_a_pack() -> None:
+    sizes = [parse("--pack", given) for given in ("1", "16", "auto", "2GB")]
+    assert sizes == [(1, None), (16, None), (None, None), (None, 2 * 10**9)]
 
 
 def test_a_pack_has_one_task() -> None:
     one, two = Request("lora", "sst2"), Request("lora", "gsm8k")
     with pytest.raises(UserError, match='a pack has one task: "sst2" and "gsm8k"'):
-        run_pack([one, two], None)
+        run_packs([one, two], None)
 
 
 def test_a_trained_head_is_not_shared() -> None:

@@ -128,6 +128,7 @@ WRONG = {
     "no trials": (searching(trials=0), "search.trials: .*greater than or equal to 1"),
     "a precision": ({"precision": "fp8"}, "precision: .*fp32"),
     "a seed": ({"seeds": [-1]}, "seeds.0: .*given: -1"),
+    "a pack": ({"pack": 0}, 'pack "0": a number of runs from 1 on, auto, or a size'),
     "no method": ({"methods": []}, "methods: "),
     "steps twice": ({"train": {"steps": 3}}, "say the same"),
     "a method of set": ({"set": {"lroa.r": 3}}, 'unknown method in set "lroa.r" "lroa": did you mean "lora"'),
@@ -278,6 +279,31 @@ def test_runs_that_fail_are_recorded_and_stop_no_other(tmp_path, broken) -> None
     assert memory.startswith("MemoryError: no room") and mistake.startswith("ValueError: a plugin's mistake")
     assert len([*(tmp_path / "failed").rglob("*.json")]) == 2
     assert [r.method for r in store.read_all(tmp_path)] == ["lora"]
+
+
+def test_runs_of_one_task_are_done_in_packs(tmp_path, broken) -> None:
+    """One of them breaks its pack down; then they are done one by one."""
+    good = requests(methods="lora,ia3", seeds=[0, 1])
+    notes: list[str] = []
+    made = Drive(Inline(), tmp_path, lambda *_: None, notes.append)
+    made.do([*good, *requests(methods="broken")], pack=(4, None))
+    assert [len(job.requests) for job in made.executor.jobs] == [4, 1] and not made.lost
+    assert [(r.method, r.status) for r, _, _ in made.records] == [
+        ("lora", "ok"), ("lora", "ok"), ("ia3", "ok"), ("ia3", "ok"), ("broken", "failed")
+    ]  # fmt: skip
+    assert all(r.packed["runs"] == 4 for r, _, _ in made.records[:4])
+    again = Drive(Inline(), tmp_path / "b", lambda *_: None, notes.append)
+    again.do([*good[:2], *requests(methods="broken")], pack=(None, None))
+    assert [r.status for r, _, _ in again.records] == ["ok", "ok", "failed"] and len(again.executor.jobs) == 1
+
+
+def test_a_pack_whose_worker_dies_twice_is_recorded_run_by_run(tmp_path) -> None:
+    fate = lambda job: Done(job, died="its worker process was ended by SIGKILL")  # noqa: E731
+    notes: list[str] = []
+    made = Drive(Inline(fate), tmp_path, lambda *_: None, notes.append)
+    made.do(requests(seeds=[0, 1]), pack=(2, None))
+    assert [(r.seed, r.status) for r, _, _ in made.records] == [(0, "failed"), (1, "failed")]
+    assert "and 1 more" in notes[0] and len(made.executor.jobs) == TRIES
 
 
 def test_a_run_that_works_at_last_leaves_no_failure_behind(tmp_path) -> None:

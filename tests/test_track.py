@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sqlite3
+import subprocess
+import sys
 import time
+from contextlib import closing
 
 import pytest
 
@@ -89,6 +95,29 @@ def test_wandb_works_offline_and_stays_quiet(offline, capfd) -> None:
     while time.monotonic() < until and not any(p.stat().st_size > 100 for p in folder.glob("*.wandb")):
         time.sleep(0.2)
     assert any(p.stat().st_size > 100 for p in folder.glob("*.wandb"))
+
+
+def test_trackio_keeps_the_curve_in_its_folder(tmp_path) -> None:
+    """In a process of its own: trackio reads its folder's name when it is imported."""
+    pytest.importorskip("trackio")
+    code = (
+        "from peftzoo import track; t = track.tracker('trackio'); t.start('lora/sst2', {'method': 'lora'});"
+        "[t.log(s, {'loss': 1.0 / s}) for s in (1, 2, 3)]; t.finish({'status': 'ok', 'score': 0.5})"
+    )
+    env = os.environ | {"TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    with closing(sqlite3.connect(next(tmp_path.glob("peftzoo*.db")))) as database:
+        rows = database.execute("select step, metrics from metrics order by id").fetchall()
+    values = [(step, json.loads(text)) for step, text in rows]
+    assert [(s, v["loss"]) for s, v in values[:3]] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert values[-1][1]["summary/score"] == 0.5
+
+
+def test_trackio_that_is_not_there_is_one_clear_error(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match=r'pip install "peftzoo\[trackio\]"'):
+        track.tracker("trackio").start("x", {})
 
 
 def test_wandb_without_a_key_is_one_clear_error(monkeypatch) -> None:

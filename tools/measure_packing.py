@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from peftzoo import profile
+from peftzoo import data, evaluate, models, packed_lm, profile, suite
 from peftzoo.attached import attach
 from peftzoo.batches import Example
+from peftzoo.pack import Pack
 from peftzoo.packed import PackLoop
 from peftzoo.train import Loop, TrainConfig
 
 METHODS = ("lora", "dora", "vera", "unilora", "ia3", "lora-xs", "melora", "loha")
 STEPS = 4
+ROUNDS_OF_SCORING, SCORED = 3, 16
 
 
 def loops(
@@ -53,6 +56,27 @@ def together(made: list[Loop]) -> float:
     return sum(pack.step_seconds)
 
 
+def scoring(names: tuple[str, ...], task_name: str, rows: int) -> dict[str, list[float]]:
+    """Seconds of scoring these methods on the embedded model, one after another and in shared batches."""
+    loaded, task = models.load("embedded"), suite.get(task_name)
+    found = data.load(task, "embedded", None, trains=False)
+    found.test = found.test.select(range(rows))
+    members = [attach(loaded.model, name, seed=i, install=False) for i, name in enumerate(names)]
+    lm_task, seconds = evaluate.harness_task(task, found), {"alone": [], "pack": []}
+    for _ in range(ROUNDS_OF_SCORING):
+        begin = time.perf_counter()
+        for member in members:
+            with member.on():
+                evaluate.language(loaded.model.eval(), loaded.tokenizer, lm_task, rows)
+        middle = time.perf_counter()
+        packed_lm.scores(
+            Pack(members), [*range(len(members))], loaded.model, loaded.tokenizer, task, found, rows
+        )
+        seconds["alone"].append(middle - begin)
+        seconds["pack"].append(time.perf_counter() - middle)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -81,6 +105,16 @@ def main() -> None:
             steps = count * STEPS
             lines.append(f"| {count} | {rows} x {tokens} | {steps / alone:.2f} | {steps / pack:.2f} | "
                          f"{alone / pack:.2f} | {(count - 1) * base:.0f} |")  # fmt: skip
+    lines += [
+        "", f"Scoring {SCORED} rows of embedded tasks with the embedded model, unmerged, batches of {SCORED} "
+        f"rows; median of {ROUNDS_OF_SCORING} rounds.", "",
+        "| adapters | task | one by one, s | shared batches, s | faster by |", "|---:|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for count in (2, 4, 8):
+        for name in ("gsm8k", "arc_easy"):
+            seconds = scoring(METHODS[:count], name, SCORED)
+            alone, pack = (statistics.median(seconds[k]) for k in ("alone", "pack"))
+            lines.append(f"| {count} | {name} | {alone:.2f} | {pack:.2f} | {alone / pack:.2f} |")
     lines += [
         "", "Each run in a pack has the losses that it has alone (tests/test_pack.py). Copies saved: against "
         "as many processes side by side, each with a base of its own.",

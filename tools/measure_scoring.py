@@ -37,7 +37,8 @@ def bare(loaded: models.Loaded, asked: list[Any]) -> None:
     prompts = sorted((tokenizer.encode(r.args[0]) for r in asked), key=len, reverse=True)
     lm = LanguageModel(loaded.model, tokenizer, BATCH, None)
     for start in range(0, len(prompts), BATCH):
-        ids, mask = lm._padded(prompts[start : start + BATCH], left=True)
+        rows = prompts[start : start + BATCH]
+        ids, mask = lm._padded(rows, tokenizer.pad_token_id), lm._padded([[1] * len(row) for row in rows])
         loaded.model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.pad_token_id,

@@ -45,8 +45,10 @@ def bench(
     source: str = typer.Option(None, help="embedded, mirror or hub."),
     out: Path = typer.Option(Path("results"), help="Folder for records."),
     force: bool = typer.Option(False, help="Run again even if the record is there."),
-    pack: int = typer.Option(1, min=1, help="Runs of one task that train together on one copy of the model."),
-    track: str = typer.Option("none", help="wandb, or none."),
+    pack: str = typer.Option(
+        "1", metavar="N", help="Train N runs of a task on one copy of the model: a number, auto, or 16GB."
+    ),
+    track: str = typer.Option("none", help="wandb, trackio, or none."),
     trust_remote_code: bool = typer.Option(False, help="Allow code that comes with a model."),
     plugin: list[str] = show.PLUGIN,
     json: bool = show.JSON,
@@ -54,6 +56,7 @@ def bench(
     """Train and score each method on each task, write a record per run."""
     from peftzoo import suite
     from peftzoo.errors import UserError
+    from peftzoo.packing import parse
     from peftzoo.plan import Request, check
     from peftzoo.registry import methods
     from peftzoo.track import tracker
@@ -74,7 +77,8 @@ def bench(
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     tracker(track)
-    if pack > 1 and track != "none":
+    size, room = parse("--pack", pack)
+    if size != 1 and track != "none":
         raise UserError("--pack and --track: the curves of a pack are not sent; leave one of them out")
     named = show.names(task, suite.tasks(), "task")
     groups = {name: tuple(suite.expand([name])) for name in named if suite.expand([name]) != [name]}
@@ -91,7 +95,7 @@ def bench(
         requests, notes = check(requests, skip="all" in (method, task) or bool(groups))
         for note in notes:
             show.note(note)
-        done = _all(requests, out, force, track) if pack == 1 else _packs(requests, out, force, pack)
+        done = _all(requests, out, force, track) if size == 1 else _packs(requests, out, force, size, room)
     if _is_main_process():
         report(done, json, groups)
     if any(record.status != "ok" for record, _, _ in done):
@@ -160,37 +164,40 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
     return done
 
 
-def _packs(requests: list[Any], out: Path, force: bool, size: int) -> list[Any]:
-    """Runs of one task and model in packs of `size`, with a line for each."""
+def _packs(requests: list[Any], out: Path, force: bool, size: int | None, room: int | None) -> list[Any]:
+    """Runs of one task and model in packs, with a line for each."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from peftzoo.run import run_pack
+    from peftzoo.packing import run_packs
 
     by_task: dict[str, list[Any]] = {}
     for request in requests:
         by_task.setdefault(request.task, []).append(request)
-    packs = [found[i : i + size] for found in by_task.values() for i in range(0, len(found), size)]
     done, console = [], Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
         TimeElapsedColumn(), console=console, disable=not console.is_terminal,
     )  # fmt: skip
     with bar:
-        for pack in packs:
-            title = f"pack of {len(pack)} on {pack[0].task}"
+        for task, members in by_task.items():
+            title = f"{len(members)} runs on {task}"
             line = bar.add_task(f"{title}: loading", total=1)
 
             def follow(stage: str, step: int, total: int, values: dict[str, float],
                        line: Any = line, title: str = title) -> None:  # fmt: skip
                 words = {"load": "loading", "train": "training", "score": "scoring"}[stage]
+                words += f" {values['runs']:.0f} at once" if "runs" in values else ""
                 bar.update(line, description=f"{title}: {words}", completed=step, total=total)
 
-            found = run_pack(pack, out, force=force, progress=follow)
+            found = run_packs(
+                members, out, size=size, room=room, force=force, progress=follow, note=show.note
+            )
             bar.update(line, description=f"{title}: done", completed=1, total=1)
             for record, _, new in found:
                 word = record.status if new else "on record (--force runs it again)"
-                show.note(f"{record.name}: {word}, {short(record)}")
+                shared = f", in a pack of {record.packed['runs']}" if record.packed else ""
+                show.note(f"{record.name}: {word}{shared}, {short(record)}")
             done += found
     return done
 

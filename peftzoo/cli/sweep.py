@@ -27,6 +27,7 @@ def sweep(
     json: bool = show.JSON,
 ) -> None:
     """Do every run of a sweep. What is on record is not done again; what was interrupted goes on."""
+    from peftzoo import packing
     from peftzoo import sweep as engine
     from peftzoo.errors import UserError, unknown
     from peftzoo.plan import check
@@ -47,7 +48,8 @@ def sweep(
             plan = _plan(requests, studies, out)
         else:
             show.folder(out)
-            driven = _do(requests, studies, out, workers, (executor, address), plugin)
+            size = packing.parse("pack", wanted.pack)
+            driven = _do(requests, studies, out, workers, (executor, address), plugin, size)
     if dry_run:
         _show_plan(plan, json)
     else:
@@ -147,7 +149,7 @@ def _mib(memory: int | None) -> str:
 
 
 def _do(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
-        where: tuple[str, str | None], plugins: list[str]) -> Any:  # fmt: skip
+        where: tuple[str, str | None], plugins: list[str], pack: tuple[Any, Any]) -> Any:  # fmt: skip
     from peftzoo.drive import Drive
 
     out, files = out.resolve(), [str(Path(p).resolve()) for p in plugins]
@@ -157,7 +159,7 @@ def _do(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
         drive = Drive(executor, out, shown.tell, shown.note)
         shown.note(f"{shown.total} runs, {executor.count} at once, {executor.threads} threads each")
         try:
-            drive.do(requests, studies)
+            drive.do(requests, studies, pack)
         except KeyboardInterrupt:
             shown.note(f"stopping; {len(drive.waiting)} runs are not done, those under way have checkpoints")
             raise
@@ -206,10 +208,13 @@ class _Shown:
         if worker not in self.lines:
             self.lines[worker] = self.bar.add_task("", total=1, values="")
         r, words = job.request, {"load": "loading", "train": "training", "score": "scoring"}[stage]
+        title = f"{r.method} on {r.task}, seed {r.seed}"
+        if job.mates:
+            title = f"{len(job.requests)} runs on {r.task}"
         self.bar.update(
             self.lines[worker], completed=step, total=total,
-            description=f"{r.method} on {r.task}, seed {r.seed}: {words}",
-            values=f"loss {values['loss']:.3f}" if values else "",
+            description=f"{title}: {words}",
+            values=f"loss {values['loss']:.3f}" if "loss" in values else "",
         )  # fmt: skip
 
     def tell(self, record: Any, new: bool, trial: bool) -> None:
