@@ -93,26 +93,23 @@ class Packed(Part):
 
     def forward(self, base: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
         pack, active = self.owner, self.owner.active
-        total = sum(count for _, _, count in active)
-        joint = Joint(base, inputs, more, [s for s in active if s[0] not in self.apart], total, pack)
+        counts = {member: count for member, _, count in active}
+        given = dict(zip(counts, _split((inputs, more), [*counts.values()]), strict=True))
+        joint = Joint(base, (inputs, more), counts, self.apart, pack)
         pieces = []
-        for member, first, count in active:
-            cut = slice(first, first + count)
+        for member, mine in given.items():
             if member not in self.own:
                 pieces.append(joint.of(member))
                 continue
-            mine = _take((inputs, more), cut, total)
 
-            def ask(
-                *given: Any, mine: Any = mine, member: int = member, count: int = count, **named: Any
-            ) -> Any:
-                if _same((given, named), mine) and member not in self.apart:
+            def ask(*args: Any, mine: Any = mine, member: int = member, **named: Any) -> Any:
+                if _same((args, named), mine) and member not in self.apart:
                     return joint.of(member)
-                with pack.alone(member, count):
-                    return base(*given, **named)
+                with pack.alone(member, counts[member]):
+                    return base(*args, **named)
 
             pieces.append(self.own[member](ask, *mine[0], **mine[1]))
-        self.apart |= {member for member, *_ in active if member in self.own and member not in joint.asked}
+        self.apart |= {member for member in given if member in self.own and member not in joint.asked}
         return pieces[0] if len(pieces) == 1 else _join(*pieces)
 
 
@@ -120,30 +117,31 @@ class Joint:
     """The base's output for the rows of several members, computed when the first of them asks."""
 
     def __init__(
-        self, base: Callable, inputs: tuple, more: dict, slices: list[Slice], total: int, pack: Pack
+        self, base: Callable, given: Any, counts: dict[int, int], apart: set[int], pack: Pack
     ) -> None:
-        self.base, self.given, self.total, self.pack = base, (inputs, more), total, pack
-        self.rows = [i for _, first, count in slices for i in range(first, first + count)]
-        self.slices: dict[int, slice] = {}
-        for member, _, count in slices:
-            at = max((s.stop for s in self.slices.values()), default=0)
-            self.slices[member] = slice(at, at + count)
+        self.base, self.given, self.counts, self.apart, self.pack = base, given, counts, apart, pack
         self.asked: set[int] = set()
-        self.out: Any = None
+        self.pieces: dict[int, Any] = {}
 
     def of(self, member: int) -> Any:
         """The rows of one member."""
-        if self.out is None:
-            given = self.given
-            if len(self.rows) < self.total:
-                given = _take(given, self.rows, self.total)
-            counts = [0] * len(self.pack.members)
-            for number, place in self.slices.items():
-                counts[number] = place.stop - place.start
-            with self.pack.rows(counts):
-                self.out = self.base(*given[0], **given[1])
+        if not self.pieces:
+            self._compute()
         self.asked.add(member)
-        return _take(self.out, self.slices[member], len(self.rows))
+        return self.pieces[member]
+
+    def _compute(self) -> None:
+        given, mine = self.given, {m: n for m, n in self.counts.items() if m not in self.apart}
+        total = sum(self.counts.values())
+        if len(mine) < len(self.counts):
+            first, rows = 0, []
+            for member, count in self.counts.items():
+                rows += range(first, first + count) if member in mine else ()
+                first += count
+            given = _take(given, rows, total)
+        with self.pack.rows([mine.get(m, 0) for m in range(len(self.pack.members))]):
+            out = self.base(*given[0], **given[1])
+        self.pieces = dict(zip(mine, _split(out, [*mine.values()]), strict=True))
 
 
 def unfit(member: Attached) -> str:
@@ -159,12 +157,27 @@ def unfit(member: Attached) -> str:
     return ""
 
 
-def _take(value: Any, rows: slice | list[int], total: int) -> Any:
+def _take(value: Any, rows: list[int], total: int) -> Any:
     """These rows of every tensor in `value` that has `total` of them; the rest as it is."""
     if isinstance(value, Tensor):
-        batched = value.ndim and value.shape[0] == total and rows != slice(0, total)
-        return value[rows] if batched else value
+        return value[rows] if value.ndim and value.shape[0] == total else value
     return _each(lambda v: _take(v, rows, total), value)
+
+
+def _split(value: Any, counts: list[int]) -> list[Any]:
+    """`value` for each run of rows. The tensors are cut at once: backward then joins them in one copy."""
+    total, cut = sum(counts), {}
+
+    def piece(v: Any, place: int) -> Any:
+        if not isinstance(v, Tensor):
+            return _each(lambda inner: piece(inner, place), v)
+        if not v.ndim or v.shape[0] != total:
+            return v
+        if id(v) not in cut:
+            cut[id(v)] = v.split(counts)
+        return cut[id(v)][place]
+
+    return [value] if len(counts) == 1 else [piece(value, place) for place in range(len(counts))]
 
 
 def _each(change: Callable[..., Any], *values: Any) -> Any:
