@@ -40,22 +40,29 @@ class Member:
 
 def run_packs(requests: list[Request], out: Path, *, size: int | None = None, room: int | None = None,
               force: bool = False, progress: Progress | None = None, accelerator: Any = None,
-              note: Callable[[str], None] = lambda _: None) -> list[Done]:  # fmt: skip
+              note: Callable[[str], None] = lambda _: None, score_together: bool | None = None,
+              ) -> list[Done]:  # fmt: skip
     """Do several runs of one model and task in packs of up to `size` runs.
 
     Without `size`, each pack has as many as fit into `room` bytes beside the model (by default most of what
     is free). What is on record is not repeated, what was interrupted goes on from its checkpoints. A run that
     cannot share the base, or that another program is doing, or whose pack breaks down, is done on its own
     afterwards. A run whose loss is not finite leaves its pack and is recorded as failed.
+
+    `score_together`: in shared batches, unmerged, and merged on the first rows only; else each on its own, as
+    a single run is. By default on a GPU, where starting kernels takes the time; a CPU scores merged models
+    faster.
     """
     say, plans = progress or (lambda *_: None), [Plan(r) for r in requests]
     _alike(plans)
     say("load", 0, 1, {})
-    packer = Packer(load(plans[0]), out, accelerator or make_accelerator(), size, room, force, say, note)
+    accelerator = accelerator or make_accelerator()
+    together = accelerator.device.type != "cpu" if score_together is None else score_together
+    packer = Packer(load(plans[0]), out, accelerator, size, room, force, together, say, note)
     found = packer.do(plans)
     for place, request in enumerate(requests):
         if place not in found:
-            found[place] = run(request, out, force=force, progress=progress, accelerator=packer.accelerator)
+            found[place] = run(request, out, force=force, progress=progress, accelerator=accelerator)
     return [found[place] for place in range(len(requests))]
 
 
@@ -63,9 +70,10 @@ class Packer:
     """Gathers runs until a pack is full, then does them; `found` are the results by place."""
 
     def __init__(self, loaded: Loaded, out: Path, accelerator: Any, size: int | None, room: int | None,
-                 force: bool, say: Progress, note: Callable[[str], None]) -> None:  # fmt: skip
+                 force: bool, together: bool, say: Progress,
+                 note: Callable[[str], None]) -> None:  # fmt: skip
         self.loaded, self.out, self.accelerator, self.force = loaded, out, accelerator, force
-        self.size, self.say, self.note = size, say, note
+        self.size, self.together, self.say, self.note = size, together, say, note
         loaded.model.to(accelerator.device)
         self.room = None if size else room or int(USABLE * free(accelerator.device))
         self.used = 0
@@ -144,9 +152,9 @@ class Packer:
         except Exception as error:
             self.note(f"a pack of {len(members)} broke down ({why(error)[1]}); its runs are done one by one")
             return
-        self.say("score", 0, 1, runs)
         together = self._scores(members, pack)
         for number, member in enumerate(members):
+            self.say("score", number, len(members), runs)
             self.found[member.place] = self._finished(member, pack, number, together.get(number))
 
     def _scores(self, members: list[Member], pack: PackLoop) -> dict[int, dict[str, Scores]]:
@@ -154,7 +162,7 @@ class Packer:
         whole, first = [n for n in range(len(members)) if n not in pack.broken], members[0].work.plan
         found: dict[int, dict[str, Scores]] = {n: {} for n in whole}
         try:
-            for part in first.parts if whole else []:
+            for part in first.parts if whole and self.together else []:
                 scored = packed_lm.scores(
                     pack.pack, whole, self.loaded.model, self.loaded.tokenizer, part.task, part.rows,
                     first.request.eval_batch, first.config.precision, first.max_new_tokens,

@@ -262,13 +262,17 @@ def test_records_of_a_pack_are_those_of_single_runs(tmp_path) -> None:
 def test_more_than_64_rows_are_scored_together_unmerged(tmp_path) -> None:
     short = {"task": "sst2", "limit": 66, "precision": "fp32", "train": {"steps": 2, "batch_size": 2}}
     asked = [Request("lora", seed=s, **short) for s in (0, 1)]
-    for (record, _, _), request in zip(run_packs(asked, tmp_path / "pack", size=2), asked, strict=True):
+    for (record, _, _), request in zip(
+        run_packs(asked, tmp_path / "pack", size=2, score_together=True), asked, strict=True
+    ):
         alone, _, _ = run(request, tmp_path / "alone")
         assert record.result is record.score and (record.score.rows, record.merged_score.rows) == (66, 64)
         assert record.result.value == pytest.approx(
             alone.result.value, abs=1 / 66
         )  # rounding, one row at most
         assert record.examples and record.score.seconds > 0
+    for record, _, _ in run_packs(asked, tmp_path / "apart", size=2):
+        assert record.result is record.merged_score and record.score.rows == 64  # on a CPU as a single run
 
 
 def few(count: int = 4) -> list[Request]:
@@ -283,7 +287,7 @@ def test_the_memory_decides_how_many(tmp_path, accelerator, monkeypatch) -> None
     assert [r.packed["runs"] for r, _, _ in done] == [2, 2, 2, 2]
     loaded = models.load("embedded")
     assert min(seen) > 4 * done[0][0].trainable_params and max(seen) < 2**30
-    packer = Packer(loaded, tmp_path, accelerator, None, None, False, lambda *_: None, lambda _: None)
+    packer = Packer(loaded, tmp_path, accelerator, None, None, False, False, lambda *_: None, lambda _: None)
     assert 2**28 < packer.room < 2**50
 
 

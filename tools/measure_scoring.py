@@ -92,34 +92,52 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--part", choices=("generation", "choices"), action="append")
     given = parser.parse_args()
-    loaded = models.load(given.model)
+    loaded, out = models.load(given.model), Path("results/scoring.md")
     loaded.model.eval()
-    found = generation(loaded, requests("gsm8k", given.data, given.rows))
-    threads, turns = torch.get_num_threads(), f"median of {ROUNDS} rounds in which the contenders take turns"
+    parts = {"generation": generation_part, "choices": choices_part}
+    for name in given.part or parts:
+        about = (
+            f"{given.model}, {given.rows} rows, fp32, batches of {BATCH}, {torch.get_num_threads()} thread(s) of "
+            f"a CPU, median of {ROUNDS} rounds in which the contenders take turns: `python tools/"
+            f"measure_scoring.py --data FOLDER --model {given.model} --rows {given.rows} --part {name}`."
+        )
+        table = ["| work | seconds | ratio |", "|---|---:|---:|"]
+        table += parts[name](loaded, given.data, given.rows)
+        replace(out, f"## {name.capitalize()}", "\n".join([about, "", *table]))
+    print(out.read_text())
+
+
+def generation_part(loaded: models.Loaded, mirror: Path, rows: int) -> list[str]:
+    found = generation(loaded, requests("gsm8k", mirror, rows))
     base = found["bare"]
-    lines = [
-        "# What scoring costs",
-        "",
-        f"{given.model}, {given.rows} rows, fp32, batches of {BATCH}, {threads} thread(s) of a CPU, {turns}.",
-        f"Made by `python tools/measure_scoring.py --data FOLDER --model {given.model} --rows {given.rows}`.",
-        "",
-        "| work | seconds | ratio |",
-        "|---|---:|---:|",
+    return [
         f"| gsm8k, bare `model.generate`, {NEW_TOKENS} new tokens in every row | {base:.1f} | 1.00 |",
         f"| ours, as many tokens | {found['whole']:.1f} | {found['whole'] / base:.2f} |",
         f"| ours, to the stop string | {found['ours']:.1f} | {found['ours'] / base:.2f} |",
     ]
+
+
+def choices_part(loaded: models.Loaded, mirror: Path, rows: int) -> list[str]:
+    lines = []
     for name in ("hellaswag", "piqa", "boolq", "arc_easy"):
-        seconds, apart = choices(loaded, requests(name, given.data, given.rows))
+        seconds, apart = choices(loaded, requests(name, mirror, rows))
         lines += [
             f"| {name}, lm-eval's own loop | {seconds['theirs']:.1f} | 1.00 |",
             f"| ours; log-likelihoods differ by {apart:.0e} at most | {seconds['ours']:.1f} | "
             f"{seconds['ours'] / seconds['theirs']:.2f} |",
-        ]  # fmt: skip
-    out = Path("results/scoring.md")
-    out.write_text("\n".join(lines) + "\n")
-    print(out.read_text())
+        ]
+    return lines
+
+
+def replace(page: Path, heading: str, text: str) -> None:
+    """Put a section into the page in the place of the one with the same heading."""
+    whole = page.read_text() if page.is_file() else "# What scoring costs\n"
+    first, *sections = whole.split("\n## ")
+    kept = {s.partition("\n")[0]: s.partition("\n")[2].strip() for s in sections}
+    kept[heading.removeprefix("## ")] = text
+    page.write_text(first.rstrip() + "\n" + "".join(f"\n## {k}\n\n{v}\n" for k, v in kept.items()))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ def bench(
     pack: str = typer.Option(
         "1", metavar="N", help="Train N runs of a task on one copy of the model: a number, auto, or 16GB."
     ),
+    score_together: bool = typer.Option(
+        None, "--score-together/--score-apart", help="Score a pack in shared batches (default: on a GPU)."
+    ),
     track: str = typer.Option("none", help="wandb, trackio, or none."),
     trust_remote_code: bool = typer.Option(False, help="Allow code that comes with a model."),
     plugin: list[str] = show.PLUGIN,
@@ -78,6 +81,8 @@ def bench(
     }  # fmt: skip
     tracker(track)
     size, room = parse("--pack", pack)
+    if size == 1 and score_together is not None:
+        raise UserError("--score-together and --score-apart are for packs: add --pack N")
     if size != 1 and track != "none":
         raise UserError("--pack and --track: the curves of a pack are not sent; leave one of them out")
     named = show.names(task, suite.tasks(), "task")
@@ -95,7 +100,11 @@ def bench(
         requests, notes = check(requests, skip="all" in (method, task) or bool(groups))
         for note in notes:
             show.note(note)
-        done = _all(requests, out, force, track) if size == 1 else _packs(requests, out, force, size, room)
+        if size == 1:
+            done = _all(requests, out, force, track)
+        else:
+            how = {"size": size, "room": room, "force": force, "score_together": score_together}
+            done = _packs(requests, out, how)
     if _is_main_process():
         report(done, json, groups)
     if any(record.status != "ok" for record, _, _ in done):
@@ -164,7 +173,7 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
     return done
 
 
-def _packs(requests: list[Any], out: Path, force: bool, size: int | None, room: int | None) -> list[Any]:
+def _packs(requests: list[Any], out: Path, how: dict[str, Any]) -> list[Any]:
     """Runs of one task and model in packs, with a line for each."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -190,9 +199,7 @@ def _packs(requests: list[Any], out: Path, force: bool, size: int | None, room: 
                 words += f" {values['runs']:.0f} at once" if "runs" in values else ""
                 bar.update(line, description=f"{title}: {words}", completed=step, total=total)
 
-            found = run_packs(
-                members, out, size=size, room=room, force=force, progress=follow, note=show.note
-            )
+            found = run_packs(members, out, progress=follow, note=show.note, **how)
             bar.update(line, description=f"{title}: done", completed=1, total=1)
             for record, _, new in found:
                 word = record.status if new else "on record (--force runs it again)"
