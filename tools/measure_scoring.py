@@ -99,8 +99,8 @@ def main() -> None:
     parts = {"generation": generation_part, "choices": choices_part}
     for name in given.part or parts:
         about = (
-            f"{given.model}, {given.rows} rows, fp32, batches of {BATCH}, {torch.get_num_threads()} thread(s) of "
-            f"a CPU, median of {ROUNDS} rounds in which the contenders take turns: `python tools/"
+            f"{given.model}, {given.rows} rows, fp32, batches of {BATCH}, {torch.get_num_threads()} thread(s) "
+            f"of a CPU, median of {ROUNDS} rounds in which the contenders take turns: `python tools/"
             f"measure_scoring.py --data FOLDER --model {given.model} --rows {given.rows} --part {name}`."
         )
         table = ["| work | seconds | ratio |", "|---|---:|---:|"]
