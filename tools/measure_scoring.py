@@ -99,7 +99,7 @@ def main() -> None:
     parts = {"generation": generation_part, "choices": choices_part}
     for name in given.part or parts:
         about = (
-            f"{given.model}, {given.rows} rows, fp32, batches of {BATCH}, {torch.get_num_threads()} thread(s) "
+            f"{given.model}, {given.rows} rows, fp32, batches of {BATCH}, {torch.get_num_threads()} threads "
             f"of a CPU, median of {ROUNDS} rounds in which the contenders take turns: `python tools/"
             f"measure_scoring.py --data FOLDER --model {given.model} --rows {given.rows} --part {name}`."
         )
