@@ -94,6 +94,7 @@ class LanguageModel(TemplateLM):
         self._on = next(model.parameters()).device
         known = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in known}
+        self._owners: list[int] = []
         self._branches: bool | None = None if "position_ids" in self._takes else False
         self.max_length = getattr(model.config, "max_position_embeddings", None) or LONGEST
         ends = model.generation_config.eos_token_id
@@ -152,15 +153,19 @@ class LanguageModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._owners = [self.owner(r) for r in requests]
-        return super().loglikelihood(requests, disable_tqdm=True)
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._owners = []
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would say it."""
         asked = []
+        owners = self._owners or [0] * len(requests)
         for place, (_, context, continuation) in enumerate(requests):
             whole = (context + continuation)[-(self.max_length + 1) :]
             start = max(len(whole) - len(continuation), 1)
-            asked.append(Continuation(place, whole, start, self._owners[place]))
+            asked.append(Continuation(place, whole, start, owners[place]))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
         families = [*_families(asked, self.batch_size)]
         if not self._branching(families):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 from peftzoo.errors import UserError, unknown
@@ -55,15 +57,20 @@ class Trackio(Tracker):
             import trackio
         except ImportError:
             raise UserError('trackio is not installed: pip install "peftzoo[trackio]"') from None
-        self.run = trackio.init(project="peftzoo", name=name, config=config, embed=False)
+        alone = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        with redirect_stdout(io.StringIO()):  # it tells where it writes, and how to look at it
+            self.run = trackio.init(project="peftzoo", name=name, config=config, **alone)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self.run is not None:
-            self.run.log({f"summary/{k}": v for k, v in summary.items() if v is not None})
-            self.run.finish()
+            import trackio
+
+            with redirect_stdout(io.StringIO()):
+                self.run.log({f"summary/{k}": v for k, v in summary.items() if v is not None})
+                trackio.finish()
 
 
 TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "wandb": Wandb, "trackio": Trackio}
