@@ -96,7 +96,7 @@ def load(task: suite.Task, source: str, mirror: Path | None = None, trains: bool
     else:
         cut = task.extra.cut
         splits = (cut.of,) if cut else task.splits
-        path, name = (source == "mirror" and task.extra.mirror) or (task.dataset_path, task.dataset_name)
+        path, name = _place(task, source)
         wanted = _Wanted(task.name, path, name, splits, spare, task.extra.stand_in, task.dataset_kwargs)
         found, info = _READERS[source](wanted, mirror)
         if cut:
@@ -107,6 +107,21 @@ def load(task: suite.Task, source: str, mirror: Path | None = None, trains: bool
     if other:
         rows.train, info["train"], rows.prompts = other
     return rows
+
+
+def sources(task: suite.Task, mirror: Path | None) -> list[str]:
+    """Where the task's scored rows may come from; the mirror only if its file is there, which is not read."""
+    path, name = _place(task, "mirror")
+    split = task.extra.cut.of if task.extra.cut else task.eval_split
+    files = {split, task.extra.stand_in.get(split, split)}
+    folder = mirror and mirror / _folder_name(path) / _folder_name(name or "default")
+    there = folder and any((folder / f"{_folder_name(file)}.jsonl").is_file() for file in files)
+    return ["embedded"] * bool(task.extra.embedded) + ["mirror"] * bool(there) + ["hub"]
+
+
+def _place(task: suite.Task, source: str) -> tuple[str, str | None]:
+    """The data set's name and configuration, which a mirror may have under another name."""
+    return (source == "mirror" and task.extra.mirror) or (task.dataset_path, task.dataset_name)
 
 
 def elsewhere(

@@ -255,10 +255,8 @@ class LanguageModel(TemplateLM):
         """New tokens of each prompt, without the end token."""
         said: list[list[int]] = [[] for _ in prompts]
         live = list(range(len(prompts)))
-        ids, mask = (
-            self._padded(prompts, self.tokenizer.pad_token_id or 0),
-            self._padded([[1] * len(p) for p in prompts]),
-        )
+        ids = self._padded(prompts, self.tokenizer.pad_token_id or 0)
+        mask = self._padded([[1] * len(p) for p in prompts])
         cache, back = DynamicCache(), LOOK_BACK + max((len(s) for s in stops), default=0)
         for _ in range(longest):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]

@@ -269,6 +269,20 @@ def test_lists_name_everything(say) -> None:
     assert all(n in shown for n in suite.tasks())
 
 
+def test_a_list_of_tasks_says_where_their_rows_may_come_from(say, tmp_path, monkeypatch) -> None:
+    (tmp_path / "openai__gsm8k" / "main").mkdir(parents=True)
+    (tmp_path / "openai__gsm8k" / "main" / "test.jsonl").write_text("{}")
+    monkeypatch.setenv("PEFTZOO_DATA", str(tmp_path))
+    found = {row["name"]: row for row in one_document(say("list tasks --json")[1])}
+    assert found["gsm8k"]["sources"] == ["embedded", "mirror", "hub"] and found["gsm8k"]["suite"] == "gsm8k"
+    assert found["sst2"]["sources"] == ["embedded", "hub"] and found["math"]["sources"] == ["embedded", "hub"]
+    assert found["bbh-causal_judgement"]["sources"] == ["hub"]
+    line = next(x for x in say("list tasks")[1].splitlines() if " sst2 " in x)
+    assert re.search(r"sst2 +acc +last-step.* 300 *$", line), line
+    line = next(x for x in say("list tasks")[1].splitlines() if " gsm8k " in x)
+    assert re.search(r"gsm8k +exact_match,strict +gsm8k-train +200 +yes *$", line), line
+
+
 def test_a_bad_record_is_named_and_skipped(say, tmp_path) -> None:
     from tests.test_store import make
 

@@ -95,7 +95,7 @@ def main() -> None:
         "base copies saved, MiB |",
         "|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for count in (2, 4, 8):
+    for count in (4, 8):
         for rows, tokens in ((1, 32), (1, 64), (4, 128)):
             seconds: dict[str, list[float]] = {"alone": [], "pack": []}
             for _ in range(rounds):
@@ -110,7 +110,7 @@ def main() -> None:
         f"rows; median of {ROUNDS_OF_SCORING} rounds.", "",
         "| adapters | task | one by one, s | shared batches, s | faster by |", "|---:|---|---:|---:|---:|",
     ]  # fmt: skip
-    for count in (2, 4, 8):
+    for count in (4, 8):
         for name in ("gsm8k", "arc_easy"):
             seconds = scoring(METHODS[:count], name, SCORED)
             alone, pack = (statistics.median(seconds[k]) for k in ("alone", "pack"))

@@ -31,23 +31,30 @@ def list_(
     if json:
         show.as_json(rows)
         return
-    columns = [c for c in rows[0] if c not in UNSHOWN.get(what, ())]
-    shown = [[_cell(r[c]) for c in columns] for r in rows]
-    show.table(f"{len(rows)} {what}", columns, shown, right=("parameters", "embedded_rows", "lr"))
     if what == "tasks":
-        _groups()
+        _suites(rows)
+        return
+    shown = [[_cell(v) for v in r.values()] for r in rows]
+    show.table(f"{len(rows)} {what}", [*rows[0]], shown, right=("parameters", "lr"))
 
 
-UNSHOWN = {"tasks": ("title", "causal", "head", "sources", "suite")}
-"""Columns of the JSON that `peftzoo show NAME` has too, and that would not fit on a screen."""
-
-
-def _groups() -> None:
+def _suites(rows: list[dict[str, Any]]) -> None:
+    """A table per suite, and the groups."""
     from peftzoo import suite
 
+    for name in dict.fromkeys(r["suite"] for r in rows):
+        mine = [r for r in rows if r["suite"] == name]
+        shown = [[r["name"], r["metric"], _cell(r["protocol"]), _cell(r["embedded_rows"]),
+                  "yes" if "mirror" in r["sources"] else ""] for r in mine]  # fmt: skip
+        columns = ("name", "metric", "protocol", "generated", "mirror")
+        show.table(f"{name}: {len(mine)} tasks", columns, shown, right=("generated",))
     apart = {name: suite.expand([name]) for name in suite.groups()}
     words = [f"{name} ({len(members)})" for name, members in apart.items() if members != [name]]
-    print(f"Groups whose tasks are run one by one: {', '.join(words)}.\nMore of each: peftzoo show NAME")
+    print(f"Groups whose tasks are run one by one: {', '.join(words)}.")
+    print(
+        "generated: scored rows of the embedded generator. mirror: whether PEFTZOO_DATA has the scored rows."
+    )
+    print("More of each: peftzoo show NAME")
 
 
 def _cell(value: Any) -> Any:
@@ -75,11 +82,15 @@ def tasks() -> list[dict[str, Any]]:
     from peftzoo import suite
 
     together = [name for name in suite.groups() if suite.expand([name]) == [name]]
-    return [_course(suite.course(name)) for name in sorted([*suite.tasks(), *together])]
+    found = [_course(suite.course(name)) for name in [*suite.tasks(), *together]]
+    return sorted(found, key=lambda row: (row["suite"], row["name"]))
 
 
 def _course(course: Any) -> dict[str, Any]:
     """A task, or the tasks of a group that is trained together, as one row."""
+    from peftzoo import data
+
+    mirror = data.mirror_folder(None)
     about, members = course.about, course.tasks
     metric = members[0].extra.metric if len(members) == 1 else f"mean of {len(members)} tasks"
     made = [t for t in members if t.extra.embedded]
@@ -88,10 +99,10 @@ def _course(course: Any) -> dict[str, Any]:
     )
     heads = {t.extra.head.kind for t in members if t.extra.head}
     return {
-        "name": course.name, "suite": about.suite, "title": about.title, "metric": metric,
+        "suite": about.suite, "name": course.name, "title": about.title, "metric": metric,
         "protocol": [about.protocol, *about.protocols], "causal": members[0].extra.causal,
         "head": "/".join(sorted(heads)) or None, "embedded_rows": rows or None,
-        "sources": ["hub", "mirror"] + (["embedded"] if made else []),
+        "sources": [s for s in data.SOURCES if all(s in data.sources(t, mirror) for t in members)],
     }  # fmt: skip
 
 
