@@ -18,6 +18,7 @@ from peftzoo.store import Record
 
 AXES = {"trained": "trainable parameters", "memory_mib": "training memory, MiB (computed)",
         "step_ms": "step time, ms", "latency_ms": "latency, ms per token or pass"}  # fmt: skip
+MARK = '<meta name="generator" content="peftzoo board">'
 CURVES = 24
 """Learning curves on one page, at most."""
 _FOLDER = Path(__file__).parent / "assets" / "site"
@@ -48,9 +49,18 @@ def write(folder: Path, records: list[Record], tables: Tables, papers: list[dict
     for r in records:
         _save(folder / runs[id(r)], pages, "run.html", root="../", r=r, rows=_fields(r),
               curves=_curves([r]))  # fmt: skip
+    _remove_others(folder, {*methods.values(), *runs.values()})
     for file in ("style.css", "script.js"):
         write_atomically(folder / file, (_FOLDER / file).read_bytes())
     return 1 + len(methods) + len(records)
+
+
+def _remove_others(folder: Path, pages: set[str]) -> None:
+    """Remove pages of methods and runs that an earlier call made and that are no more; nobody else's files."""
+    for kind in ("methods", "runs"):
+        for file in (folder / kind).glob("*.html"):
+            if f"{kind}/{file.name}" not in pages and MARK in file.read_text(errors="replace")[:2000]:
+                file.unlink()
 
 
 def _save(path: Path, pages: jinja2.Environment, template: str, **facts: Any) -> None:

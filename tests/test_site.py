@@ -101,6 +101,15 @@ def test_every_link_leads_to_a_page_of_the_folder(folder: Path) -> None:
             assert target.is_file() and folder.resolve() in target.parents, f"{file.name}: {link}"
 
 
+def test_pages_of_runs_that_are_gone_go_too(tmp_path) -> None:
+    records = [make("lora", 0), make("dora", 0), make("lora", 1)]
+    whole = pages(built(tmp_path, records))
+    (tmp_path / "runs" / "notes.html").write_text("<p>somebody's own")
+    left = pages(built(tmp_path, records[:1]))
+    assert len(whole) == 1 + 2 + 3 and [p.name for p in left if p.name == "notes.html"]
+    assert len(left) == 1 + 1 + 1 + 1 and not [p for p in left if "dora" in p.name]
+
+
 def test_nothing_comes_from_elsewhere(folder: Path) -> None:
     for file in [*pages(folder), folder / "style.css", folder / "script.js"]:
         text = file.read_text()
