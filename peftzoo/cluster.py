@@ -54,6 +54,7 @@ class Cluster:
         at_once = count or (whole["GPU"] if self.gpus else max(whole["CPU"] // CORES, 1))
         self.threads = int(max(min(whole["CPU"] // at_once, largest), 1))
         self.count, self.out, self.plugins = int(at_once), out, plugins
+        self.sharing = 1 if self.gpus else self.count
         self.flag = out / f".{uuid.uuid4().hex}.sweep"
         self.flag.touch()
         self.task = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=0)(_perform)

@@ -25,6 +25,8 @@ class Executor(Protocol):
 
     count: int
     """Jobs at once."""
+    sharing: int
+    """Jobs at once on one device."""
 
     def submit(self, job: Job) -> None: ...
 
@@ -71,13 +73,20 @@ class Drive:
         self.count += 1
         self.waiting[self.count] = study
         out = self.out / "tuning" if request.hold_out else self.out
-        self.executor.submit(Job(self.count, request, out, mates=mates, pack=pack))
+        sharing = self.executor.sharing if mates else 1
+        self.executor.submit(Job(self.count, request, out, mates=mates, pack=pack, sharing=sharing))
 
     def _again(self, done: Done) -> bool:
         """Give the job back to the executor where that makes sense."""
         job = done.job
         if done.busy:
             self.executor.submit(replace(job, patience=PATIENCE if job.patience else 0.5))
+            return True
+        if job.mates:  # one of them may be at fault, or all together too much
+            self.note(f"{_title(job)}: {done.died}; they are done one by one")
+            self.waiting.pop(job.number)
+            for request in job.requests:
+                self._submit(request, None)
             return True
         if job.tries + 1 >= TRIES:
             return False

@@ -37,6 +37,8 @@ class Job:
     """Runs of the same model and task that are done with it, in packs as `pack` says."""
     pack: tuple[int | None, int | None] = (1, None)
     """Runs in a pack, at most, and bytes that they may take."""
+    sharing: int = 1
+    """Jobs that share the device, and its memory."""
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -87,9 +89,8 @@ def _together(job: Job, say: Callable[..., None] | None) -> Done:
 
     size, room = job.pack
     try:
-        found = [
-            (r, new) for r, _, new in run_packs([*job.requests], job.out, size=size, room=room, progress=say)
-        ]
+        done = run_packs([*job.requests], job.out, size=size, room=room, progress=say, sharing=job.sharing)
+        found = [(record, new) for record, _, new in done]
     except Exception:
         each = [perform(replace(job, request=r, mates=(), patience=-1), say) for r in job.requests]
         found = [(done.record, done.new) for done in each]
@@ -195,6 +196,7 @@ class Local:
         self.count = count or workers(devices)
         self.plugins, self.follow, self.start = plugins, follow, start
         self.threads, self.devices = max(cores() // self.count, 1), devices
+        self.sharing = -(-self.count // max(len(devices), 1))
         self.queue: deque[Job] = deque()
         self.workers: list[_Worker] = []
 

@@ -177,19 +177,21 @@ class LanguageModel(TemplateLM):
 
     def _branching(self, families: list[Family]) -> bool:
         """Whether the model heeds the mask and the positions of a row with branches: tried on the longest."""
-        several = [f for f in families if f.branched]
-        if self._branches is None and several:
-            trial = max(several, key=lambda f: f.tokens)
-            exact = self.autocast is None and next(self.model.parameters()).dtype.itemsize >= 4
-            loose = 1e-4 if exact else 0.02
-            try:
-                mine, theirs = ([value for _, (value, _) in self._score(fs)]
-                                for fs in ([trial], [_alone(m) for m in trial.members]))  # fmt: skip
-                pairs = zip(mine, theirs, strict=True)
-                self._branches = all(abs(a - b) <= loose * (10 + abs(b)) for a, b in pairs)
-            except (RuntimeError, ValueError, TypeError):  # such a mask is not for it
-                self._branches = False
-        return self._branches or not several
+        longest = {f.owner: f for f in sorted(families, key=lambda f: f.tokens) if f.branched}
+        if self._branches is None and longest:
+            self._branches = all(map(self._tried, longest.values()))
+        return self._branches or not longest
+
+    def _tried(self, family: Family) -> bool:
+        """Whether one row gives what single rows give."""
+        exact = self.autocast is None and next(self.model.parameters()).dtype.itemsize >= 4
+        loose = 1e-4 if exact else 0.02
+        try:
+            mine, theirs = ([value for _, (value, _) in self._score(fs)]
+                            for fs in ([family], [_alone(m) for m in family.members]))  # fmt: skip
+        except (RuntimeError, ValueError, TypeError):  # such a mask is not for it
+            return False
+        return all(abs(a - b) <= loose * (10 + abs(b)) for a, b in zip(mine, theirs, strict=True))
 
     @torch.inference_mode()
     def _score(self, batch: list[Family]) -> list[tuple[Continuation, tuple[float, bool]]]:

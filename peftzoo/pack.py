@@ -39,6 +39,7 @@ class Pack(Adapter):
                 raise UserError(f'method "{member.adapter.name}" cannot share the base: {reason}')
         self.members = nn.ModuleList(member.adapter for member in members)
         self.active: list[Slice] = []
+        self._plain: list[tuple[Site, bool]] = []
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Every place where a member has a part, each once."""
@@ -54,9 +55,16 @@ class Pack(Adapter):
         for number, member in enumerate(self.members):
             for part in member.parts.values():
                 if part.site.name == site.name:
+                    self._plain.append((part.site, part.site.plain))
                     part.site.plain = False  # the base's product comes from the pack
                     own[number] = part
         return Packed(site, self, own)
+
+    def release(self) -> None:
+        """After the pack is detached: its members' parts stand for themselves again."""
+        while self._plain:
+            site, plain = self._plain.pop()
+            site.plain = plain
 
     @contextmanager
     def rows(self, counts: Sequence[int]) -> Iterator[None]:
@@ -105,10 +113,10 @@ class Packed(Part):
             def ask(*args: Any, mine: Any = mine, member: int = member, **named: Any) -> Any:
                 if _same((args, named), mine) and member not in self.apart:
                     return joint.of(member)
-                with pack.alone(member, counts[member]):
-                    return base(*args, **named)
+                return base(*args, **named)
 
-            pieces.append(self.own[member](ask, *mine[0], **mine[1]))
+            with pack.alone(member, counts[member]):
+                pieces.append(self.own[member](ask, *mine[0], **mine[1]))
         self.apart |= {member for member in given if member in self.own and member not in joint.asked}
         return pieces[0] if len(pieces) == 1 else _join(*pieces)
 

@@ -21,7 +21,8 @@ class PackLoop:
 
     The handles of `loops` share one model and are not installed. A run that has taken its steps, or whose
     loss is not finite, leaves the pack; `broken` says of which and why. Each run's losses are those it would
-    have alone. Time is that of the whole step: a single run's cannot be told apart.
+    have alone, but for what dropout draws. Time is that of the whole step: a single run's cannot be told
+    apart.
     """
 
     def __init__(
@@ -44,11 +45,15 @@ class PackLoop:
     def run(self) -> None:
         """Train all runs to their ends."""
         device = self.loops[0].accelerator.device
+        torch.manual_seed(self.loops[0].seed)
         behind = [loop.resume() for loop in self.loops]
         total = max(loop.config.steps - done for loop, done in zip(self.loops, behind, strict=True))
         handle = attach(self.model, self.pack)
         try:
             self.model.train()
+            for loop in self.loops:
+                loop.attached.adapter.train()
+                loop.out.seconds, loop.out.step_seconds, loop.out.counted_tokens = None, [], 0
             with measure.PeakMemory(device) as peak:
                 for step in range(1, total + 1):
                     if not (going := self._going(step)):
@@ -57,6 +62,7 @@ class PackLoop:
             self.memory = peak.bytes
         finally:
             handle.detach()
+            self.pack.release()
             self.model.eval()
             for loop in self.loops:
                 loop.attached.adapter.eval()
@@ -95,9 +101,12 @@ class PackLoop:
     def _backward(self, batch: dict[str, torch.Tensor], counts: dict[int, int]) -> dict[int, float]:
         """One forward and one backward pass; each run's mean loss."""
         loop = self.loops[0]
-        with self.pack.rows([counts.get(i, 0) for i in range(len(self.loops))]), loop.autocast():
-            sums, numbers = losses.by_slice(self.model, batch, list(counts.values()))
-            means = {i: s / max(n, 1) for i, s, n in zip(counts, sums, numbers, strict=True)}
-            parts = [means[i] + self.loops[i].attached.adapter.penalty() for i in counts]
-            torch.autograd.backward([p for p in parts if torch.isfinite(p)])
-        return {i: float(m.detach()) for i, m in means.items()}
+        with self.pack.rows([counts.get(i, 0) for i in range(len(self.loops))]):
+            with loop.autocast():
+                sums, numbers = losses.by_slice(self.model, batch, list(counts.values()))
+                means = {i: s / max(n, 1) for i, s, n in zip(counts, sums, numbers, strict=True)}
+                parts = {i: means[i] + self.loops[i].attached.adapter.penalty() for i in counts}
+            finite = {i: part for i, part in parts.items() if torch.isfinite(part)}
+            if finite:
+                torch.autograd.backward([*finite.values()])
+        return {i: float(m.detach()) if i in finite else math.nan for i, m in means.items()}

@@ -45,3 +45,4 @@ def scores(pack: Pack, members: list[int], model: nn.Module, tokenizer: Any, tas
         return asked(PackedModel(pack, model, tokenizer, size, autocast), tasks, task.extra.metric)
     finally:
         handle.detach()
+        pack.release()

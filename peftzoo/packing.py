@@ -41,13 +41,14 @@ class Member:
 def run_packs(requests: list[Request], out: Path, *, size: int | None = None, room: int | None = None,
               force: bool = False, progress: Progress | None = None, accelerator: Any = None,
               note: Callable[[str], None] = lambda _: None, score_together: bool | None = None,
-              ) -> list[Done]:  # fmt: skip
+              sharing: int = 1) -> list[Done]:  # fmt: skip
     """Do several runs of one model and task in packs of up to `size` runs.
 
     Without `size`, each pack has as many as fit into `room` bytes beside the model (by default most of what
-    is free). What is on record is not repeated, what was interrupted goes on from its checkpoints. A run that
-    cannot share the base, or that another program is doing, or whose pack breaks down, is done on its own
-    afterwards. A run whose loss is not finite leaves its pack and is recorded as failed.
+    is free, divided by the number of programs that are `sharing` the device). What is on record is not
+    repeated, what was interrupted goes on from its checkpoints. A run that cannot share the base, or that
+    another program is doing, or whose pack breaks down, is done on its own afterwards. A run whose loss is
+    not finite leaves its pack and is recorded as failed.
 
     `score_together`: in shared batches, unmerged, and merged on the first rows only; else each on its own, as
     a single run is. By default on a GPU, where starting kernels takes the time; a CPU scores merged models
@@ -57,9 +58,15 @@ def run_packs(requests: list[Request], out: Path, *, size: int | None = None, ro
     _alike(plans)
     say("load", 0, 1, {})
     accelerator = accelerator or make_accelerator()
-    together = accelerator.device.type != "cpu" if score_together is None else score_together
-    packer = Packer(load(plans[0]), out, accelerator, size, room, force, together, say, note)
-    found = packer.do(plans)
+    found: dict[int, Done] = {}
+    targets = [store.path(out, blank(plan)) for plan in plans]
+    if force or not all(target.is_file() for target in targets):
+        together = accelerator.device.type != "cpu" if score_together is None else score_together
+        loaded = load(plans[0])
+        packer = Packer(loaded, out, accelerator, size, room, force, together, say, note, sharing)
+        found = packer.do(plans)
+        del packer, loaded  # and its model: a single run loads its own
+        accelerator.free_memory()
     for place, request in enumerate(requests):
         if place not in found:
             found[place] = run(request, out, force=force, progress=progress, accelerator=accelerator)
@@ -70,12 +77,12 @@ class Packer:
     """Gathers runs until a pack is full, then does them; `found` are the results by place."""
 
     def __init__(self, loaded: Loaded, out: Path, accelerator: Any, size: int | None, room: int | None,
-                 force: bool, together: bool, say: Progress,
-                 note: Callable[[str], None]) -> None:  # fmt: skip
+                 force: bool, together: bool, say: Progress, note: Callable[[str], None],
+                 sharing: int = 1) -> None:  # fmt: skip
         self.loaded, self.out, self.accelerator, self.force = loaded, out, accelerator, force
         self.size, self.together, self.say, self.note = size, together, say, note
         loaded.model.to(accelerator.device)
-        self.room = None if size else room or int(USABLE * free(accelerator.device))
+        self.room = None if size else room or int(USABLE * free(accelerator.device) / sharing)
         self.used = 0
         self.members: list[Member] = []
         self.found: dict[int, Done] = {}
@@ -94,14 +101,15 @@ class Packer:
         record = blank(plan, self.loaded)
         if plan.choice or plan.pruning or plan.request.hold_out or plan.cls.edits_base:
             return  # it changes the model, or looks at rows of its own
+        if (plan.config.micro_batch or plan.config.batch_size) < plan.config.batch_size:
+            return  # a pack takes each run's batch as a whole
         lock = ExitStack()
         try:
             lock.enter_context(alone(self.out, record, patience=0))
             target = store.path(self.out, record)
             if target.is_file() and not self.force:
                 self.found[place] = store.read(target), target, False
-            elif member := self._prepared(place, plan, record, lock):
-                self._join(member)
+            elif (member := self._prepared(place, plan, record, lock)) and self._join(member):
                 lock = ExitStack()  # the member has it now
         except Busy:
             pass
@@ -113,8 +121,6 @@ class Packer:
         work = Work(plan, self.loaded, record, self.out, lambda *_: None, None, self.accelerator)
         try:
             loop = work.prepare(fresh=self.force, install=False)
-        except UserError:
-            raise
         except Exception:
             return None
         if unfit(work.attached):
@@ -122,13 +128,18 @@ class Packer:
             return None
         return Member(place, work, loop, lock)
 
-    def _join(self, member: Member) -> None:
-        need = share(member.loop) if self.room else 0
+    def _join(self, member: Member) -> bool:
+        """Put the run into the pack, or into the next one if this is full; not if its memory is not known."""
+        try:
+            need = share(member.loop) if self.room else 0
+        except Exception:
+            return False
         full = len(self.members) == self.size or (self.room and self.used + need > self.room)
         if self.members and full:
             self._flush()
         self.members.append(member)
         self.used += need
+        return True
 
     def _flush(self) -> None:
         """Do the runs that have gathered; one alone has no company and is left."""
@@ -137,8 +148,10 @@ class Packer:
             if len(members) > 1:
                 self._run(members)
         finally:
-            for member in members:
-                member.lock.close()
+            for lock in [member.lock for member in members]:
+                lock.close()
+            members.clear()
+            self.accelerator.free_memory()  # what these runs held is not for the next pack
 
     def _run(self, members: list[Member]) -> None:
         runs = {"runs": float(len(members))}
@@ -147,7 +160,12 @@ class Packer:
         )
         try:
             pack.run()
-        except UserError:
+        except KeyboardInterrupt as error:
+            for member in members:
+                record = member.work.record
+                record.status, record.reason = why(error)
+                store.supersede(self.out, record)
+                store.write(self.out, record, [])
             raise
         except Exception as error:
             self.note(f"a pack of {len(members)} broke down ({why(error)[1]}); its runs are done one by one")
@@ -177,7 +195,7 @@ class Packer:
     def _finished(self, member: Member, pack: PackLoop, number: int, scores: Any) -> Done:
         work, record, outcomes = member.work, member.work.record, []
         work.fill(member.loop.out)
-        record.memory = {}  # a single run's share is not known
+        record.memory, record.step_time = {}, {}  # a single run's share is not known
         record.packed = {"runs": len(pack.loops)} | {k: v for k, v in pack.memory.items() if v is not None}
         if pack.step_seconds:
             record.packed["step_ms"] = round(statistics.median(pack.step_seconds) * 1e3, 3)
@@ -216,9 +234,11 @@ def share(loop: Loop) -> int:
     The last is counted in a forward pass over the run's longest rows; the moments are those of Adam.
     """
     loop.attached.model.train()
-    with loop.attached.on():
-        loop.probe()
-    loop.attached.model.eval()
+    try:
+        with loop.attached.on():
+            loop.probe()
+    finally:
+        loop.attached.model.eval()
     trained = sum(p.numel() * p.element_size() for p in loop.params)
     return 4 * trained + loop.out.memory["saved_for_backward"]
 

@@ -56,7 +56,7 @@ def write(folder: Path, records: list[Record], tables: Tables, papers: list[dict
 
 
 def _remove_others(folder: Path, pages: set[str]) -> None:
-    """Remove pages of methods and runs that an earlier call made and that are no more; nobody else's files."""
+    """Remove pages that an earlier call made of methods and runs that are gone; nobody else's files."""
     for kind in ("methods", "runs"):
         for file in (folder / kind).glob("*.html"):
             if f"{kind}/{file.name}" not in pages and MARK in file.read_text(errors="replace")[:2000]:

@@ -53,7 +53,8 @@ class Training:
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     """Times of the steps that count: the first few after a start are left out."""
-    seconds: float = 0.0
+    seconds: float | None = 0.0
+    """None where a part of the steps was done in a pack."""
     tokens: int = 0
     counted_tokens: int = 0
     micro_batch: int = 0
@@ -187,7 +188,7 @@ class Loop:
         out = self.out
         out.losses.append(loss)
         out.tokens += tokens
-        out.seconds += seconds
+        out.seconds = None if out.seconds is None else out.seconds + seconds
         if step > out.resumed_at + WARM_STEPS:
             out.step_seconds.append(seconds)
             out.counted_tokens += tokens

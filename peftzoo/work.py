@@ -197,7 +197,7 @@ class Work:
             record.memory["computed_total"] = sum(done.memory.get(p) or 0 for p in parts)
         record.step_time = measure.quantiles(done.step_seconds)
         record.tokens_per_second = round(done.counted_tokens / seconds, 1) if seconds else None
-        record.train_seconds = round(done.seconds, 3)
+        record.train_seconds = None if done.seconds is None else round(done.seconds, 3)
         record.energy_joules = done.energy_joules
 
     def remember(self, key: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,78 @@ def test_each_run_in_a_pack_is_as_it_is_alone(accelerator) -> None:
         mine, theirs = a.attached.state_dict(), b.attached.state_dict()
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_is_that_of_a_run_alone(accelerator, monkeypatch) -> None:
+    """Backward runs outside autocast, as it does alone."""
+    seen: list[bool] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return grad
+
+    half = [("lora", 1e-2, 3, 2, "linear"), ("loha", 1e-2, 3, 2, "linear")]
+    alone, together = loops(accelerator, None, half), loops(accelerator, copy.deepcopy(_base("llama")), half)
+    for loop in (*alone, *together):
+        object.__setattr__(loop.config, "precision", "bf16")
+    for loop in alone:
+        with loop.attached.on():
+            loop.run()
+    norm = together[0].attached.model.model.norm
+    whole = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: Watched.apply(whole(x)))
+    PackLoop(together).run()
+    assert seen == [False] * 3
+    for a, b in zip(together, alone, strict=True):
+        assert a.out.losses == pytest.approx(b.out.losses, rel=2e-2)
+
+
+def test_a_penalty_that_is_not_finite_breaks_its_run(accelerator) -> None:
+    made = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:1] * 2)
+    made[0].attached.adapter.penalty = lambda: torch.tensor(float("inf"))
+    pack = PackLoop(made)
+    pack.run()
+    assert set(pack.broken) == {0} and len(made[1].out.losses) == 6
+
+
+def test_members_stand_for_themselves_afterwards(accelerator) -> None:
+    made = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:2])
+    plain = [part.site.plain for loop in made for part in loop.attached.adapter.parts.values()]
+    PackLoop(made).run()
+    assert [
+        part.site.plain for loop in made for part in loop.attached.adapter.parts.values()
+    ] == plain and any(plain)
+
+
+def test_a_neighbour_of_hf_peft_shares_the_base(accelerator) -> None:
+    """Its layers call the wrapped module themselves."""
+    pytest.importorskip("peft")
+    model = copy.deepcopy(_base("llama"))
+    members = [
+        attach(model, registry.get(n), seed=i, install=False) for i, n in enumerate(("lora", "hf:lora"))
+    ]
+    for m in members:
+        m.adapter.eval()
+        for p in m.parameters():
+            p.data.add_(0.02)
+    batch, cuts = make_batches("llama")[0], (slice(0, 4), slice(4, 6))
+    alone = []
+    for member, cut in zip(members, cuts, strict=True):
+        with member.on():
+            alone.append(graded(model, [member], batch, cut))
+    pack = Pack(members)
+    attach(model, pack)
+    for _ in range(2):
+        with pack.rows([4, 2]):
+            out, _ = graded(model, members, batch)
+        for (wanted, _), cut in zip(alone, cuts, strict=True):
+            torch.testing.assert_close(out[cut], wanted, **TIGHT)
 
 
 def test_a_run_that_breaks_leaves_and_the_others_go_on(accelerator) -> None:
@@ -291,6 +364,26 @@ def test_the_memory_decides_how_many(tmp_path, accelerator, monkeypatch) -> None
     assert 2**28 < packer.room < 2**50
 
 
+def test_a_run_whose_memory_cannot_be_told_is_done_alone(tmp_path, monkeypatch) -> None:
+    def full(loop: Loop) -> int:
+        raise MemoryError("no room to try")
+
+    monkeypatch.setattr("peftzoo.packing.share", full)
+    assert [(r.status, r.packed) for r, _, _ in run_packs(few(2), tmp_path)] == [("ok", None)] * 2
+
+
+def test_runs_in_micro_batches_are_done_alone(tmp_path) -> None:
+    small = [replace(r, train=r.train | {"micro_batch": 1}) for r in few(2)]
+    done = run_packs([*small, *few(2)], tmp_path, size=4)
+    assert [r.packed and r.packed["runs"] for r, _, _ in done] == [None, None, 2, 2]
+
+
+def test_what_is_on_record_needs_no_model(tmp_path, monkeypatch) -> None:
+    run_packs(few(2), tmp_path, size=2)
+    monkeypatch.setattr("peftzoo.packing.load", lambda plan: pytest.fail("the model is loaded"))
+    assert [new for _, _, new in run_packs(few(2), tmp_path, size=2)] == [False, False]
+
+
 def test_a_run_that_fits_nowhere_is_done_alone(tmp_path) -> None:
     for record, _, _ in run_packs(few(2), tmp_path, room=1):
         assert record.status == "ok" and record.packed is None
@@ -306,12 +399,14 @@ def test_an_interrupted_pack_goes_on(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_packs(few(2), tmp_path / "cut", size=2, progress=stop)
     assert len([*(tmp_path / "cut/checkpoints").iterdir()]) == 2
+    assert len([*(tmp_path / "cut/cancelled").rglob("*.json")]) == 2
     for (record, path, new), (wanted, _, _) in zip(
         run_packs(few(2), tmp_path / "cut", size=2), whole, strict=True
     ):
         assert new and path.is_file() and record.resumed_at == 2 and record.packed["runs"] == 2
         assert record.final_loss == pytest.approx(wanted.final_loss, abs=1e-5)
     assert not [*(tmp_path / "cut/checkpoints").iterdir()]
+    assert not [*(tmp_path / "cut/cancelled").rglob("*.json")]
 
 
 def test_a_pack_that_breaks_down_is_done_one_by_one(tmp_path, monkeypatch) -> None:

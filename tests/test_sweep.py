@@ -55,7 +55,7 @@ def say(monkeypatch, capsys):
 class Inline:
     """An executor in this process. `fate(job)` may give what becomes of a job in place of doing it."""
 
-    count, threads = 1, 1
+    count, threads, sharing = 1, 1, 1
 
     def __init__(self, fate=lambda job: None) -> None:
         self.queue: deque[Job] = deque()
@@ -297,13 +297,18 @@ def test_runs_of_one_task_are_done_in_packs(tmp_path, broken) -> None:
     assert [r.status for r, _, _ in again.records] == ["ok", "ok", "failed"] and len(again.executor.jobs) == 1
 
 
-def test_a_pack_whose_worker_dies_twice_is_recorded_run_by_run(tmp_path) -> None:
-    fate = lambda job: Done(job, died="its worker process was ended by SIGKILL")  # noqa: E731
+def test_runs_of_a_pack_whose_worker_dies_are_done_one_by_one(tmp_path) -> None:
+    unlucky, lucky = requests(seeds=[0, 1])
+
+    def fate(job: Job) -> Done | None:
+        return Done(job, died="its worker process was ended by SIGKILL") if unlucky in job.requests else None
+
     notes: list[str] = []
     made = Drive(Inline(fate), tmp_path, lambda *_: None, notes.append)
-    made.do(requests(seeds=[0, 1]), pack=(2, None))
-    assert [(r.seed, r.status) for r, _, _ in made.records] == [(0, "failed"), (1, "failed")]
-    assert "and 1 more" in notes[0] and len(made.executor.jobs) == TRIES
+    made.do([unlucky, lucky], pack=(2, None))
+    assert sorted((r.seed, r.status) for r, _, _ in made.records) == [(0, "failed"), (1, "ok")]
+    assert "and 1 more" in notes[0] and "one by one" in notes[0] and not made.lost
+    assert len(made.executor.jobs) == 1 + TRIES + 1
 
 
 def test_a_run_that_works_at_last_leaves_no_failure_behind(tmp_path) -> None:
