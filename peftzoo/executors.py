@@ -9,6 +9,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -140,8 +141,13 @@ class _Worker:
         self.job = job
         self.pipe.send(job)
 
+    def leave(self) -> None:
+        """Tell an idle worker that there is nothing more to do."""
+        with suppress(OSError):
+            self.pipe.send(None)
+
     def end(self, grace: float) -> None:
-        if self.process.is_alive():
+        if self.process.is_alive() and self.job is not None:
             self.process.terminate()
         self.process.join(grace)
         if self.process.is_alive():
@@ -164,7 +170,8 @@ def _serve(pipe: Any, threads: int, plugins: list[str]) -> None:
         for file in plugins:
             registry.add_file(file)
         while True:
-            job = pipe.recv()
+            if (job := pipe.recv()) is None:
+                return
             done = perform(job, lambda *news: _send(pipe, news))
             _send(pipe, done)
     except (KeyboardInterrupt, EOFError):
@@ -255,7 +262,9 @@ class Local:
     def close(self) -> None:
         """End the workers; one that is at work records its run as cancelled."""
         for worker in self.workers:
-            if worker.process.is_alive():
+            if worker.job is None:
+                worker.leave()
+            elif worker.process.is_alive():
                 worker.process.terminate()
         for worker in self.workers:
             worker.end(grace=20)
