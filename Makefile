@@ -8,7 +8,7 @@ bench: .venv/installed
 	$(BIN)/peftzoo bench --method unilora --task gsm8k
 
 test: .venv/installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=20
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -34,6 +34,11 @@ def pytest_configure(config):
     config.option.log_level = config.option.log_level or "INFO"
 
 
+def pytest_collection_modifyitems(items):
+    """The file with the longest tests comes first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_sweep_faults.py")
+
+
 def tiny_config(model_type: str):
     """A transformers config of width 32 with two layers for any architecture in the table of roles."""
     from transformers import AutoConfig

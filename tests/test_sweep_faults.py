@@ -142,7 +142,7 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path) -> None:
-    keys = {"methods": "lora", "tasks": "sst2", "seeds": [0, 1], "steps": 400, "limit": 4, "save_every": 5,
+    keys = {"methods": "lora", "tasks": "sst2", "seeds": [0, 1], "steps": 80, "limit": 4, "save_every": 5,
             "precision": "fp32", "train": {"batch_size": 2}}  # fmt: skip
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(keys))
     out = tmp_path / "out"
@@ -187,7 +187,7 @@ def test_a_ray_sweep_survives_its_workers(tmp_path) -> None:
 
     out, notes = tmp_path / "out", []
     out.mkdir()
-    wanted = [replace(r, train={"steps": 150, "batch_size": 2}, save_every=5) for r in requests(range(3))]
+    wanted = [replace(r, train={"steps": 80, "batch_size": 2}, save_every=5) for r in requests(range(3))]
     cluster = Cluster(None, 2, out, [])
     drive = Drive(cluster, out, lambda *_: None, notes.append)
     try:
