@@ -187,7 +187,7 @@ def test_a_ray_sweep_survives_its_workers(tmp_path) -> None:
 
     out, notes = tmp_path / "out", []
     out.mkdir()
-    wanted = [replace(r, train={"steps": 80, "batch_size": 2}, save_every=5) for r in requests(range(3))]
+    wanted = [replace(r, train={"steps": 150, "batch_size": 2}, save_every=5) for r in requests(range(3))]
     cluster = Cluster(None, 2, out, [])
     drive = Drive(cluster, out, lambda *_: None, notes.append)
     try:
