@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -37,6 +39,22 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The file with the longest tests comes first, so that no worker waits for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_sweep_faults.py")
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """say("list methods") -> (exit code, standard output, standard error), in this process."""
+
+    from peftzoo import cli
+
+    def call(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peftzoo", *shlex.split(line)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        shown = capsys.readouterr()
+        return int(end.value.code or 0), shown.out, shown.err
+
+    return call
 
 
 def tiny_config(model_type: str):

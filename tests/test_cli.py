@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from peftzoo import cli, layers, run, store, suite
+from peftzoo import layers, run, store, suite
 
 COMMANDS = [
     "bench",
@@ -32,20 +32,6 @@ COMMANDS = [
     "new-method",
     "doctor",
 ]
-
-
-@pytest.fixture
-def say(monkeypatch, capsys):
-    """say("list methods") -> (exit code, standard output, standard error), in this process."""
-
-    def call(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peftzoo", *shlex.split(line)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        shown = capsys.readouterr()
-        return int(end.value.code or 0), shown.out, shown.err
-
-    return call
 
 
 def one_document(text: str):

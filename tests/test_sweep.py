@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
 import sys
 from collections import deque
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peftzoo import cli, data, material, overlap, registry, run, store, suite, sweep
+from peftzoo import data, material, overlap, registry, run, store, suite, sweep
 from peftzoo.drive import TRIES, Drive
 from peftzoo.errors import UserError
 from peftzoo.estimate import Estimates
@@ -36,20 +35,6 @@ def written(folder: Path, **keys) -> Path:
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(QUICK | keys))
     return path
-
-
-@pytest.fixture
-def say(monkeypatch, capsys):
-    """say("sweep file") -> (exit code, standard output, standard error), in this process."""
-
-    def call(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peftzoo", *shlex.split(line)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        shown = capsys.readouterr()
-        return int(end.value.code or 0), shown.out, shown.err
-
-    return call
 
 
 class Inline:
