@@ -107,7 +107,7 @@ def agrees(printed: int | str, ours: int, model: int = 0) -> bool:
     """Whether our count, rounded as the printed one is, is the printed one. `model`: its parameters."""
     value, half = spread(printed)
     number = ours / (model + ours) if str(printed).endswith("%") else ours
-    return abs(number - value) <= half * (1 + 1e-9)
+    return abs(number - value) <= half + 1e-12 * value
 
 
 @cache

@@ -21,6 +21,7 @@ AXES = {"trained": "trainable parameters", "memory_mib": "training memory, MiB (
 MARK = '<meta name="generator" content="peftzoo board">'
 CURVES = 24
 """Learning curves on one page, at most."""
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _FOLDER = Path(__file__).parent / "assets" / "site"
 Tables = list[tuple[dict[str, Any], pd.DataFrame]]
 
@@ -38,7 +39,8 @@ def write(folder: Path, records: list[Record], tables: Tables, papers: list[dict
     pages.globals |= {"pareto": pareto, "baseline": baseline, "methods": methods,
                       "run_of": lambda record: runs[id(record)]}  # fmt: skip
     pages.filters |= {"number": _number, "count": _count, "chance": board.chance}
-    cards = {name: _card(name) for name in methods}
+    here = set(registry.methods())
+    cards = {name: _card(name) if name in here or ":" in name else None for name in methods}
     boards = [_board(place, facts, table, cards) for place, (facts, table) in enumerate(tables)]
     _save(folder / "index.html", pages, "index.html", root="", boards=boards, papers=papers,
           notes=list(notes), about=board.ABOUT, axes=AXES, total=len(records))  # fmt: skip
@@ -134,7 +136,7 @@ def _fields(r: Record) -> list[tuple[str, str, str]]:
             continue
         pairs = value.items() if isinstance(value, dict) else [("", value)]
         for name, inner in pairs:
-            text = inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
+            text = inner if isinstance(inner, str) else _JSON.encode(inner)
             found.append((key, name, text))
     return found
 

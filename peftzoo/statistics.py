@@ -22,7 +22,12 @@ def interval(scores: Sequence[float]) -> float | None:
     """Half-width of the 95 % t interval of the mean over seeds; None for fewer than two."""
     if len(scores) < 2:
         return None
-    return float(stats.sem(scores) * stats.t.ppf(1 - LEVEL / 2, len(scores) - 1))
+    return float(np.std(scores, ddof=1) / len(scores) ** 0.5 * _t(len(scores) - 1))
+
+
+@lru_cache(maxsize=256)
+def _t(freedom: int) -> float:
+    return float(stats.t.ppf(1 - LEVEL / 2, freedom))
 
 
 # -- what a metric is made of ---------------------------------------------------------------------------
@@ -119,6 +124,7 @@ def compare(a: Runs, b: Runs) -> float | None:
     return float(min(1.0, 2 * (few + 1) / (len(differences) + 1)))
 
 
+@lru_cache(maxsize=4096)
 def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p value from the rows on which only one of the two is right."""
     return float(min(1.0, 2 * stats.binom.cdf(min(won, lost), won + lost, 0.5)))

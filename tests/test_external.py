@@ -11,7 +11,7 @@ import pytest
 from peftzoo import external
 from peftzoo.errors import UserError
 from tests.test_board import HOSTILE, make
-from tests.test_cli import one_document, say  # noqa: F401
+from tests.test_cli import one_document
 
 
 def result(accuracy: float = 0.48, **changes) -> dict:

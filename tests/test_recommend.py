@@ -7,7 +7,7 @@ import pytest
 from peftzoo import recommend, store
 from peftzoo.errors import UserError
 from tests.test_board import make, with_outcomes
-from tests.test_cli import one_document, say  # noqa: F401
+from tests.test_cli import one_document
 
 MIB = 2**20
 

@@ -11,7 +11,7 @@ import pytest
 from peftzoo import run, store, verify
 from peftzoo.errors import UserError
 from peftzoo.plan import Request
-from tests.test_cli import one_document, say  # noqa: F401
+from tests.test_cli import one_document
 from tests.test_statistics import right
 from tests.test_store import make
 
