@@ -121,7 +121,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch) -> None:
         external.read(tmp_path / "a.json")
 
 
-def test_the_command(say, tmp_path) -> None:  # noqa: F811
+def test_the_command(say, tmp_path) -> None:
     put(tmp_path, "a", result())
     put(tmp_path, "b", "{")
     code, out, err = say(f"board --import-peft {tmp_path}")

@@ -73,7 +73,7 @@ def test_what_is_no_amount(text: str) -> None:
         recommend.amount("--x", text)
 
 
-def test_the_command(say, tmp_path) -> None:  # noqa: F811
+def test_the_command(say, tmp_path) -> None:
     with_outcomes(tmp_path, "lora", 0.8)
     line = f"recommend --results {tmp_path} --model embedded --task-like sentiment"
     code, out, err = say(f"{line} --max-trainable 1M")

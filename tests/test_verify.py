@@ -112,7 +112,7 @@ def test_a_record_without_outcomes(tmp_path) -> None:
     assert verdicts(verify.files(record))["score of the outcomes"]
 
 
-def test_the_command(say, copy: Path, tmp_path) -> None:  # noqa: F811
+def test_the_command(say, copy: Path, tmp_path) -> None:
     code, out, err = say(f"verify {copy} --json")
     document = one_document(out)
     assert code == 0 and document["status"] == "ok" and len(document["checks"]) > 8, err
