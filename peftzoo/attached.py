@@ -28,6 +28,11 @@ def configure(cls: type[Adapter], options: dict[str, Any]) -> Adapter:
             hint = nearest(key, known) or "it has: " + (", ".join(known) or "no options")
             raise UserError(f'method "{cls.name}" has no option "{key}": {hint}') from None
         raise UserError(f'method "{cls.name}", option {key}={first["input"]!r}: {first["msg"]}') from None
+    except UserError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f'method "{cls.name}" breaks when it is made ({told}): mend the plugin') from error
 
 
 def attach(

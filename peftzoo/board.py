@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -32,40 +33,52 @@ def frame(records: list[Record]) -> pd.DataFrame:
 
 
 def _row(r: Record) -> dict[str, Any]:
-    t, memory = r.train_config, r.memory.get("computed_total")
+    t, memory = r.train_config | _searched(r), r.memory.get("computed_total")
     latency = r.merged_latency or r.latency
     prompt = ", loss on the prompt too" if t.get("train_on_prompt") else ""
     return {
         "task": r.task, "task_version": r.task_version, "model": r.model, "weights": _digest(r.model_source),
         "source": _word(r.data.get("source")), "data": _digest([r.data.get("id"), r.data.get("files")]),
         "protocol": r.protocol, "average": r.average, "view": r.view,
-        "rows": _real(r.data.get("scored_rows")),
-        "max_length": _real(t.get("max_length")), "max_new_tokens": r.max_new_tokens,
+        "rows": store.number(r.data.get("scored_rows")),
+        "max_length": store.number(t.get("max_length")), "max_new_tokens": r.max_new_tokens,
         "prune": r.prune, "precision": _word(t.get("precision")), "measure_version": r.measure_version,
         "device": _word(r.environment.get("device")),
-        "steps": _real(t.get("steps")) or None, "batch_size": _real(t.get("batch_size")),
+        "steps": store.number(t.get("steps")) or None, "batch_size": store.number(t.get("batch_size")),
         "recipe": f"{t.get('schedule')}, warm-up {t.get('warmup')}, clip {t.get('clip')}, "
                   f"head lr {t.get('head_lr')}{prompt}",
-        "tuning": json.dumps((r.tuning or {}).get("budget"), sort_keys=True) if r.tuning else None,
+        "tuning": _tuning(r),
         "method": r.method, "id": r.id, "seed": r.seed,
         "config": ", ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
                             for k, v in r.method_config.items()),
-        "lr": _real(t.get("lr")), "metric": r.result.metric if r.result else None,
-        "score": r.result.value if r.result else None, "stderr": r.result.stderr if r.result else None,
-        "latency_ms": latency.get("token_ms", latency.get("forward_ms")), "record": r,
-        "unmerged": r.score.value if r.merged_score and r.score else None,
-        "trained": r.trainable_params, "step_ms": r.step_time.get("median_ms"),
+        "lr": store.number(r.train_config.get("lr")), "metric": r.result.metric if r.result else None,
+        "score": r.result and store.number(r.result.value),
+        "stderr": r.result and store.number(r.result.stderr), "record": r,
+        "latency_ms": store.number(latency.get("token_ms", latency.get("forward_ms"))),
+        "unmerged": store.number(r.score.value) if r.merged_score and r.score else None,
+        "trained": r.trainable_params, "step_ms": store.number(r.step_time.get("median_ms")),
         "memory_mib": memory / 2**20 if memory else None,
     }  # fmt: skip
 
 
+def _searched(r: Record) -> dict[str, str]:
+    """The training settings that a search chose: each method has its own, and all share a table."""
+    chosen = (r.tuning or {}).get("chosen")
+    fields = chosen if isinstance(chosen, dict) else {}
+    return {k: "searched" for k in fields if not k.startswith("set.")}
+
+
+def _tuning(r: Record) -> str | None:
+    """What a search was given; not where it looked, which is each method's own."""
+    if not r.tuning:
+        return None
+    budget = r.tuning.get("budget")
+    budget = {k: v for k, v in budget.items() if k != "space"} if isinstance(budget, dict) else budget
+    return json.dumps(budget, sort_keys=True)
+
+
 def _word(value: Any) -> str | None:
     return None if value is None else str(value)[:80]
-
-
-def _real(value: Any) -> float | None:
-    """A number from a part of the record that has no schema."""
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e15 else None
 
 
 def _digest(value: Any) -> str:
@@ -117,7 +130,8 @@ def _samples(records: list[Record], complain: Callable[[str], None]) -> statisti
     found = {}
     for record in records:
         try:
-            if (sample := outcomes.sample(record)) is not None:
+            known = record.result is not None and record.result.value is not None
+            if known and (sample := outcomes.sample(record)) is not None:
                 found[record.seed] = sample
         except UserError as error:
             complain(str(error))
@@ -169,8 +183,9 @@ ABOUT = (
     "mean over seeds. Rank: the best and all that a paired test on the same rows and seeds does not tell "
     "apart from it share rank 1, and so on with the rest; fewer than 3 seeds, or no outcomes per row: not "
     "ranked. p: that test against the best row and against the baseline, Holm-corrected in the table "
-    "(McNemar's exact test for right and wrong answers, else a bootstrap). A method that can be merged is "
-    "scored merged; unmerged: on the first rows only, as a check."
+    "(for right and wrong answers the exact sign-flip test, which for one seed is McNemar's; else a "
+    "bootstrap). A method that can be merged is scored merged, unless a pack scored its runs together; "
+    "unmerged: on the first rows only, as a check."
 )
 
 
@@ -238,14 +253,28 @@ def files(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> dict[str, str]:
     return made
 
 
+def is_table(file: Path) -> bool:
+    """Whether the file is one that `files` made: by its columns."""
+    with file.open("rb") as lines:
+        return lines.readline(4096).startswith(",".join(SHARED).encode() + b",")
+
+
 def _cell(value: Any) -> Any:
-    """No text from a record is a formula to a spreadsheet program."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else _plain(value)
+    """No text from a record is a formula to a spreadsheet program, or begins a row of its own."""
+    if not isinstance(value, str):
+        return _plain(value)
+    text = printable(value)
+    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@") else text
+
+
+def printable(text: str) -> str:
+    """The text with a space for each control character."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def escape(text: str) -> str:
     """Text from a record, so that it can neither break a Markdown table nor carry HTML."""
-    text = "".join(c if c.isprintable() else " " for c in text)
+    text = printable(text)
     for bad, good in (
         ("&", "&amp;"),
         ("<", "&lt;"),

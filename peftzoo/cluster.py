@@ -62,7 +62,7 @@ class Cluster:
         self.ready: deque[Done] = deque()
 
     def submit(self, job: Job) -> None:
-        if all(store.path(job.out, blank(Plan(r))).is_file() for r in job.requests):
+        if _on_record(job):
             self.ready.append(perform(job))  # which finds it there
             return
         task = self.task.remote(job, self.plugins, self.threads, self.flag)
@@ -93,6 +93,13 @@ class Cluster:
             self.ray.wait([*self.under_way], num_returns=len(self.under_way), timeout=GRACE)
         self.flag.unlink(missing_ok=True)
         self.ray.shutdown()
+
+
+def _on_record(job: Job) -> bool:
+    try:
+        return all(store.path(job.out, blank(Plan(r))).is_file() for r in job.requests)
+    except UserError:  # a trial that cannot be made: whoever does it tells
+        return False
 
 
 def _perform(job: Job, plugins: list[str], threads: int, flag: Path) -> Done:

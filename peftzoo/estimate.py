@@ -9,7 +9,7 @@ from typing import Any
 
 from peftzoo import registry
 from peftzoo.errors import UserError
-from peftzoo.store import Record
+from peftzoo.store import Record, number
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _family(method: str) -> str | None:
 
 
 def _seconds(past: Record, planned: Record) -> float:
-    steps, rows = past.train_config.get("steps") or 0, past.data.get("scored_rows") or 0
+    steps, rows = number(past.train_config.get("steps")), number(past.data.get("scored_rows"))
     training = past.train_seconds / steps * (planned.train_config.get("steps") or 0) if steps else 0.0
     scoring = sum(s.seconds for s in (past.score, past.merged_score) if s)
     return training + (scoring / rows * planned.data["scored_rows"] if rows else 0.0)

@@ -156,18 +156,22 @@ class Plan:
         fields |= {"lr": self.cls.lr * s.lr_scale}
         given = {k: v for k, v in r.train.items() if v is not None}
         fields |= self.preset.training(self.course.name, given)
-        if (epochs := fields.pop("epochs", None)) is not None:
-            rows = self.material.trained_rows
-            fields["steps"] = max(1, round(epochs * rows / fields["batch_size"]))
+        epochs = fields.pop("epochs", None)
         if not self.cls.trains:
-            fields["steps"] = 0
+            fields["steps"], epochs = 0, None
         try:
-            return TrainConfig(**fields)
+            config = TrainConfig(**fields)
         except ValueError as error:
             first = error.errors()[0]
             raise UserError(
                 f"--{'.'.join(map(str, first['loc'])).replace('_', '-')} {first['input']}: {first['msg']}"
             ) from None
+        if epochs is None:
+            return config
+        if not isinstance(epochs, (int, float)) or not 0 < epochs <= 1e6:
+            raise UserError(f"--epochs {epochs}: a number above 0, at most 1,000,000")
+        steps = max(1, round(epochs * self.material.trained_rows / config.batch_size))
+        return config.model_copy(update={"steps": steps})
 
     def try_on(self) -> None:
         """Attach the method to the model's bare shapes: shows at once whether its options fit this model."""
@@ -216,7 +220,8 @@ class Plan:
 def check(requests: list[Request], *, skip: bool) -> tuple[list[Request], list[str]]:
     """The requests that can be run, after each was tried on its model's shapes, and notes on the others.
 
-    Raises the first `UserError`; with `skip` only where nothing is left. Seeds are tried once for all.
+    Raises the first `UserError`; with `skip` only where nothing is left. Seeds are tried once for all. A
+    method that breaks in any other way is left in: its run tells why, on record, and stops no other.
     """
     unfit: dict[str, UserError] = {}
     tried = {repr(replace(r, seed=0)): r for r in requests}
@@ -227,6 +232,8 @@ def check(requests: list[Request], *, skip: bool) -> tuple[list[Request], list[s
             if not skip:
                 raise
             unfit[key] = error
+        except Exception:  # a plugin's code: see above
+            continue
     fit = [r for r in requests if repr(replace(r, seed=0)) not in unfit]
     if not fit:
         raise next(iter(unfit.values()), UserError("there is nothing to run"))

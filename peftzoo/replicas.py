@@ -12,7 +12,7 @@ from peftzoo.attached import configure
 from peftzoo.board import escape, grid
 from peftzoo.errors import UserError
 from peftzoo.published import Preset, presets
-from peftzoo.store import Record
+from peftzoo.store import Record, number
 
 COLUMNS = ("method", "model", "task", "preset", "paper", "here", "ci95", "seeds", "paper_params",
            "here_params", "source")  # fmt: skip
@@ -21,12 +21,13 @@ COLUMNS = ("method", "model", "task", "preset", "paper", "here", "ci95", "seeds"
 def rows(records: Iterable[Record]) -> list[dict[str, Any]]:
     """One row per published score that records with the same setting stand beside; `here` is times 100 where
     the printed score is above 1."""
-    groups: dict[tuple[str, str, str, str], list[Record]] = {}
+    groups: dict[tuple[str, str, str, str], dict[int, Record]] = {}
     for r in records:
-        if r.status == "ok" and r.result and r.result.value is not None and _whole(r):
-            groups.setdefault((r.method, r.model, r.task, r.id), []).append(r)
+        if r.status == "ok" and r.result and number(r.result.value) is not None and _whole(r):
+            groups.setdefault((r.method, r.model, r.task, r.id), {}).setdefault(r.seed, r)
     found = []
-    for (method, model, task, _), runs in groups.items():
+    for (method, model, task, _), seeds in groups.items():
+        runs = [*seeds.values()]
         for name, preset, options in _settings(method, task):
             printed = preset.scores.get(model, {}).get(task)
             if printed is None or not _same(runs[0], preset, options):
@@ -71,9 +72,10 @@ def _same(r: Record, preset: Preset, options: dict[str, Any]) -> bool:
     wanted = preset.training(r.task, {})
     epochs = wanted.pop("epochs", None)
     if epochs is not None:
-        train = r.data.get("files", {}).get("train")
-        count, size = (train or {}).get("rows"), r.train_config.get("batch_size")
-        if not isinstance(count, int) or not isinstance(size, int):
+        train = r.data["files"].get("train")
+        count = number(train.get("rows")) if isinstance(train, dict) else None
+        size = number(r.train_config.get("batch_size"))
+        if not count or not size:
             return False
         wanted["steps"] = max(1, round(epochs * count / size))
     return bool(wanted) and all(r.train_config.get(k) == v for k, v in wanted.items())

@@ -84,7 +84,7 @@ def alone(out: Path, record: store.Record, patience: float) -> Iterator[None]:
         with FileLock(place, timeout=patience):
             if store.path(out, record).is_file():
                 tidy(out, record)
-            named = f".{place.stem}*.tmp"
+            named = f".{place.stem}.*.tmp"
             halves = [*store.path(out, record).parent.glob(named), *(out / "checkpoints").glob(named)]
             for half in (*halves, *(out / "adapters" / place.stem).glob(".*.tmp")):
                 half.unlink(missing_ok=True)

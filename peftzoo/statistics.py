@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy import signal, stats
 
 LEVEL = 0.05
 SEEDS = 3
@@ -103,18 +103,19 @@ Runs = dict[int, Sample]
 def compare(a: Runs, b: Runs) -> float | None:
     """Two-sided p value that two methods are alike, from the seeds and rows that both have; None for none.
 
-    Right and wrong answers: McNemar's exact test, one pair per row (with several seeds, the row counts for
-    the method that is right in more of them). Else: a paired bootstrap over rows of the mean over seeds.
+    Right and wrong answers: the exact sign-flip test of the rows' differences, summed over seeds, which with
+    one seed is McNemar's exact test. Else: a paired bootstrap over rows of the mean over seeds.
     """
     seeds = [s for s in a if s in b and a[s].rows == b[s].rows and a[s].of is b[s].of]
     if not seeds:
         return None
     if all(run[s].binary for run in (a, b) for s in seeds):
-        more: dict = {}
+        total: dict = {}
         for s in seeds:
             for row, d in zip(a[s].rows, a[s].parts[:, 0] - b[s].parts[:, 0], strict=True):
-                more[row] = more.get(row, 0) + d
-        return mcnemar(sum(d > 0 for d in more.values()), sum(d < 0 for d in more.values()))
+                total[row] = total.get(row, 0) + int(d)
+        sizes, counts = np.unique([abs(d) for d in total.values() if d], return_counts=True)
+        return sign_flip(tuple(zip(sizes.tolist(), counts.tolist(), strict=True)), abs(sum(total.values())))
     with np.errstate(invalid="ignore"):
         differences = np.mean([resampled(a[s]) - resampled(b[s]) for s in seeds], 0)
     differences = differences[np.isfinite(differences)]
@@ -125,9 +126,17 @@ def compare(a: Runs, b: Runs) -> float | None:
 
 
 @lru_cache(maxsize=4096)
-def mcnemar(won: int, lost: int) -> float:
-    """Exact two-sided p value from the rows on which only one of the two is right."""
-    return float(min(1.0, 2 * stats.binom.cdf(min(won, lost), won + lost, 0.5)))
+def sign_flip(counts: tuple[tuple[int, int], ...], sum_of_all: int) -> float:
+    """Exact two-sided p value of a sum of differences whose signs are tossed: `counts` says how many rows
+    have a difference of which size; with all sizes 1 this is McNemar's exact test."""
+    chances = np.ones(1)  # of how much is positive
+    for size, n in counts:
+        spread = np.zeros(size * n + 1)
+        spread[::size] = stats.binom.pmf(np.arange(n + 1), n, 0.5)
+        chances = signal.convolve(chances, spread)
+    most = len(chances) - 1  # a sum s has (most + s) / 2 positive
+    tail = chances[: (most - sum_of_all) // 2 + 1].sum()
+    return float(min(1.0, max(2 * tail, 0.0))) if sum_of_all else 1.0
 
 
 @lru_cache(maxsize=512)
@@ -166,16 +175,18 @@ def ranks(runs: Sequence[Runs], fit: Sequence[bool]) -> list[int | None]:
     """Ranks of methods that come best first; None for those that are not `fit` to be ranked.
 
     The best and all that a test does not tell apart from it share rank 1; of the rest, again the best and
-    all that are not told apart from it share the next, and so on, with Holm's correction in each round.
+    all that are not told apart from it share the next, and so on, with Holm's correction in each round. What
+    cannot be tested against the best that is left (no row or seed in common) has no rank.
     """
     found: list[int | None] = [None] * len(runs)
     left = [i for i in range(len(runs)) if fit[i]]
     rank = 1
     while left:
         p = [1.0, *against([runs[i] for i in left], 0)[1:]]
-        alike = [i for i, v in zip(left, p, strict=True) if v is None or v >= LEVEL]
+        tested = {i: v for i, v in zip(left, p, strict=True) if v is not None}
+        alike = [i for i, v in tested.items() if v >= LEVEL]
         for i in alike:
             found[i] = rank
         rank += len(alike)
-        left = [i for i in left if found[i] is None]
+        left = [i for i in tested if i not in alike]
     return found

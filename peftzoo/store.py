@@ -216,6 +216,14 @@ def read(file: Path) -> Record:
         raise UserError(f"{file}: not a record: {' '.join(str(error).split())[:160]}") from None
 
 
+def number(value: Any) -> float | None:
+    """A number from a record as one that can be reckoned with: None for anything else and for 1e15 and more;
+    0 for what is closer to it than 1e-12."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
+        return None
+    return float(value) if abs(value) > 1e-12 else 0.0
+
+
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text[:20]} is not a finite number")

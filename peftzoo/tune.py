@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from peftzoo import store
 from peftzoo.errors import UserError
-from peftzoo.plan import Plan, Request
+from peftzoo.plan import Plan, Request, check
+from peftzoo.run import blank
 from peftzoo.store import Record
 from peftzoo.sweep import Search, Span
 
@@ -56,12 +59,11 @@ class Study:
         return found
 
     def check(self) -> None:
-        """Try the corners of the space: raises the `UserError` of a value that the method does not take."""
-        for end in (0, -1):
-            values = {
-                k: (v.low, v.high)[end] if isinstance(v, Span) else v[end] for k, v in self.space.items()
-            }
-            Plan(self._trial(values)).try_on()
+        """Try the ends of each span and all listed values: raises the `UserError` of one that the method does
+        not take."""
+        ends = {k: [v.low, v.high] if isinstance(v, Span) else v for k, v in self.space.items()}
+        check([self._trial({k: v[i % len(v)] for k, v in ends.items()})
+               for i in range(max(map(len, ends.values()), default=1))], skip=False)  # fmt: skip
 
     def ask(self) -> Request | None:
         """The next trial, or None when the budget is used."""
@@ -110,6 +112,15 @@ class Study:
         self.used["trials"] += 1
         self.used["steps"] += self.steps
         self.used["seconds"] = round(self.used["seconds"] + ((record and record.train_seconds) or 0.0), 3)
+
+    def replay(self, out: Path) -> tuple[int, int]:
+        """Go through the trials that are on record in `out`: how many there are, and how many are left."""
+        while (trial := self.ask()) is not None:
+            place = store.path(out, blank(Plan(trial)))
+            if not place.is_file():
+                return len(self.tried), self.search.trials - len(self.tried)
+            self.tell(store.read(place))
+        return len(self.tried), 0
 
     def settled(self) -> list[Request]:
         """The final runs with the best values, one per seed; none where no trial gave a score."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,6 +58,7 @@ def request(record: Record, **given: Any) -> Any:
         "precision": record.train_config.get("precision", "auto"), "source": record.data.get("source"),
         "limit": _limit(record.command), "max_new_tokens": record.max_new_tokens, "prune": record.prune,
         "retention": (record.retention or {}).get("task"), "tuning": record.tuning,
+        "hold_out": _held(record.data.get("held_out")),
     }  # fmt: skip
     return Request(**asked | {k: v for k, v in given.items() if v is not None})
 
@@ -71,6 +72,14 @@ def _limit(command: str) -> int | None:
         return None
 
 
+def _held(facts: Any) -> tuple[int, int] | None:
+    """Of a search's trial: how many training rows of each task it was scored on, and the seed of the draw."""
+    try:
+        return max(map(int, facts["rows"])), int(facts["seed"])
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
 def again(record: Record, wanted: Any, tolerance: float, progress: Callable | None = None) -> list[Check]:
     """Do the run once more, in a folder that is removed, and compare scores and counts."""
     from peftzoo.run import run
@@ -79,16 +88,22 @@ def again(record: Record, wanted: Any, tolerance: float, progress: Callable | No
         new, _, _ = run(wanted, Path(folder), force=True, progress=progress)
     if new.status != "ok":
         return [Check("status", record.status, f"{new.status}: {new.reason}", False)]
-    checks = [Check("configuration (id)", record.id, new.id, record.id == new.id)]
+    moved = _gpu(record) != _gpu(new)  # the id of a run names the kind of device
+    checks = [Check("configuration (id)", record.id, new.id, None if moved else record.id == new.id)]
     checks += [_close("score", record.result, new.result, tolerance)]
-    if record.merged_score:
-        checks += [_close("unmerged score", record.score, new.score, tolerance)]
     rows = (record.result and record.result.rows, new.result and new.result.rows)
+    if record.merged_score and record.score and new.score:
+        one = _close("unmerged score", record.score, new.score, tolerance)
+        checks += [one if record.score.rows == new.score.rows else replace(one, good=None)]
     checks += [Check("rows", *rows, rows[0] == rows[1])]
     for name in COUNTS:
         old, now = getattr(record, name), getattr(new, name)
         checks.append(Check(name.replace("_", " "), old, now, None if old is None else old == now))
     return checks
+
+
+def _gpu(record: Record) -> bool:
+    return not str(record.environment.get("device")).startswith("CPU")
 
 
 def _close(what: str, old: Any, new: Any, tolerance: float) -> Check:

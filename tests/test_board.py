@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -118,6 +119,20 @@ def test_what_a_method_may_choose_shares_a_table(same: dict) -> None:
     assert len(table) == 2
 
 
+def test_searches_with_the_same_budget_share_a_table() -> None:
+    """Each method looks around its own learning rate, and may choose another warm-up."""
+
+    def searched(method: str, warmup: float, trials: int = 8) -> store.Record:
+        space = {"lr": {"low": len(method), "high": 90, "log": True}}
+        tuning = {"budget": {"trials": trials, "space": space}, "chosen": {"warmup": warmup, "set.r": 8}}
+        return make(method, tuning=tuning, train={"warmup": warmup})
+
+    found = board.tables([searched("lora", 0.1), searched("vb-lora", 0.2), searched("dora", 0.1, trials=9)])
+    assert sorted(sorted(t["method"]) for _, t in found) == [["dora"], ["lora", "vb-lora"]]
+    assert "warm-up searched" in board.markdown(found)
+    assert len(board.tables([make("lora"), make("dora", train={"warmup": 0.2})])) == 2, "told, not searched"
+
+
 def test_two_settings_of_a_method_are_two_rows() -> None:
     ((_, table),) = board.tables([make(options={"r": 2}), make(options={"r": 8})])
     assert sorted(table["options"]) == ["r=2", "r=8"]
@@ -175,6 +190,14 @@ def test_ranks_and_tests_by_hand(tmp_path) -> None:
     assert "| 3 | lora | 0." in text and "| <0.001 |" in text and "| 0.030 |" in text
 
 
+def test_an_undefined_score_counts_for_no_seed(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "lora", 0.6)
+    records[0].score.value = None
+    ((_, table),) = board.tables(records)
+    assert table.set_index("method")["rank"].to_dict() == {"dora": None, "lora": 1}
+    assert table.set_index("method")["seeds"].to_dict() == {"dora": 2, "lora": 3}
+
+
 def test_a_side_file_that_was_changed_is_told_and_not_used(tmp_path) -> None:
     records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "lora", 0.6)
     bad = records[0].file.with_suffix(".examples.jsonl.gz")
@@ -195,6 +218,30 @@ def test_the_csv_files(tmp_path) -> None:
     assert lora["score"] == pytest.approx(np.mean([r.score.value for r in records[:3]]))
     assert lora["rank"] == 1 and lora["device"] == "CPU one" and lora["steps"] == 100
     assert "'-x" in frames["task"].tolist()
+
+
+@pytest.mark.parametrize(
+    "method", ["x\r=cmd()", "x\n=cmd()", " =cmd()", "\t@cmd()", "\x1b=cmd()", "\u2028+1"]
+)
+def test_no_cell_of_a_csv_file_begins_a_row_or_a_formula(method: str) -> None:
+    ((_, text),) = board.files(board.tables([make(method)])).items()
+    assert len(re.split("[\r\n]", text)) == 3 and text.endswith("\n"), "a row more"
+    cell = pd.read_csv(io.StringIO(text))["method"].iloc[0]
+    assert cell.lstrip()[0] in "x'"
+
+
+def test_only_tables_of_a_board_are_removed(say, tmp_path) -> None:
+    for record in with_outcomes(tmp_path / "in", "lora", 0.6):
+        assert record.file
+    mine = tmp_path / "out" / "tables" / "sales-20240131.csv"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("task,amount\nx,1\n")
+    assert say(f"board {tmp_path / 'in'} --out {tmp_path / 'out'}")[0] == 0
+    (first,) = {*mine.parent.iterdir()} - {mine}
+    for record in with_outcomes(tmp_path / "other", "lora", 0.6, task="stsb"):
+        assert record.file
+    assert say(f"board {tmp_path / 'other'} --out {tmp_path / 'out'}")[0] == 0
+    assert mine.is_file() and not first.exists() and len([*mine.parent.iterdir()]) == 2
 
 
 HOSTILE = "<script>alert(1)</script>|a|\n\n# b `c` [d](javascript:e) \\| \x1b[31m"
@@ -219,6 +266,22 @@ def test_free_parts_of_a_record_may_hold_anything(key: str, value) -> None:
     found = board.tables([make("odd", train={key: value}), make("lora"), make("none", train={"steps": 0})])
     board.markdown(found)
     assert {m for _, t in found for m in t["method"]} == {"odd", "lora", "none"}
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, 1e15, 1e-300])
+def test_numbers_beyond_all_measure_stop_no_command(say, tmp_path, value: float) -> None:
+    wild = {"step_time": {"median_ms": abs(value)}, "latency": {"token_ms": abs(value)}}
+    for i, record in enumerate([
+        *(make("odd", s, v, **wild) for s, v in enumerate((value, -value, 0.5))), make("lora", 0, 0.5),
+        make("dora", 0, 0.25, step_time={"median_ms": 7.0}, train={"steps": 100}),
+    ]):  # fmt: skip
+        record.train_seconds, record.created = 2.0, str(i)
+        store.write(tmp_path, record)
+    code, out, err = say(f"board {tmp_path} --html {tmp_path / 'site'} --json")
+    assert code == 0 and json.loads(out), err
+    assert say(f"board {tmp_path} --html {tmp_path / 'site'}")[0] == 0
+    code, out, err = say(f"recommend --results {tmp_path} --model embedded --task-like sentiment --json")
+    assert code == 0 and json.loads(out), err
 
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, 7, None])

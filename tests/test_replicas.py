@@ -37,11 +37,19 @@ def test_a_run_of_the_published_setting_stands_beside_the_paper() -> None:
     assert "| lora | roberta-base | mrpc | 89.7 | 89 |" in text and preset.source in text
 
 
+def test_a_run_that_is_there_twice_is_one_seed() -> None:
+    elsewhere = {"environment": {"device": "GPU"}, "id": published().id}
+    (row,) = replicas.rows([published(0, 0.88), published(0, 0.88), published(0, 0.92, **elsewhere)])
+    assert row["seeds"] == 1 and row["here"] == pytest.approx(88.0) and row["ci95"] is None
+
+
 OTHER = {
     "learning rate": {"train": {"lr": 1e-5}}, "steps": {"train": {"steps": 100}},
     "options": {"options": {"r": 4}}, "model": {"model": "minilm"}, "task": {"task": "wnli"},
     "made data": {"data": {"source": "embedded"}}, "first rows": {"data": {"scored_rows": 100}},
-    "no rows known": {"data": {"files": None}}, "pruned": {"prune": "wanda:0.5"},
+    "no rows known": {"data": {"files": None}},
+    "no training rows": {"data": {"files": FILES | {"train": "x"}}},
+    "no batch": {"train": {"batch_size": 0}}, "pruned": {"prune": "wanda:0.5"},
     "no score": {"score": None}, "failed": {"status": "failed"},
 }  # fmt: skip
 

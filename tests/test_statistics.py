@@ -46,7 +46,31 @@ def test_several_seeds_are_one_pair_per_row() -> None:
     rng = np.random.default_rng()
     a, b = (rng.random((1, 100)) < 0.7).astype(float), (rng.random((1, 100)) < 0.5).astype(float)
     once = statistics.compare(runs(a), runs(b))
-    assert statistics.compare(runs(a.repeat(3, 0)), runs(b.repeat(3, 0))) == once
+    assert statistics.compare(runs(a.repeat(3, 0)), runs(b.repeat(3, 0))) == pytest.approx(once, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_several_seeds_are_tested_as_scipy_tosses_signs(seed: int) -> None:
+    """All 2^12 ways to swap the two methods on a row, by scipy's own count."""
+    rng = np.random.default_rng(seed)
+    a, b = (rng.random((2, 3, 12)) < rng.uniform(0.2, 0.9, (2, 1, 1))).astype(float)
+    expected = stats.permutation_test(
+        (a.sum(0), b.sum(0)), lambda x, y, axis: (x - y).sum(axis=axis), permutation_type="samples",
+        n_resamples=np.inf, vectorized=True,
+    ).pvalue  # fmt: skip
+    assert statistics.compare(runs(a), runs(b)) == pytest.approx(min(expected, 1.0), rel=1e-9)
+
+
+def test_what_is_better_on_average_is_not_beaten_by_the_count_of_rows() -> None:
+    """Far better on some rows, a little worse on more: the mean over seeds and rows decides."""
+    a, b = np.zeros((3, 400)), np.zeros((3, 400))
+    a[:, :100] = 1
+    a[:2, 100:260] = b[:, 100:260] = 1
+    p = statistics.compare(runs(a), runs(b))
+    assert a.mean() > b.mean() and p < 0.05
+    few = (a[:, 50:] - b[:, 50:]).sum()
+    assert few < 0, "the example must turn with its rows"
+    assert statistics.ranks([runs(a), runs(b)], [True, True]) == [1, 2]
 
 
 def test_only_common_seeds_and_rows_count() -> None:
@@ -131,6 +155,10 @@ def test_rows_that_cannot_be_told_apart_share_a_rank() -> None:
     assert statistics.ranks(found, [True, False, True, True]) == [1, None, 2, 3]
     assert statistics.ranks(found, [False] * 4) == [None] * 4
     assert statistics.ranks([], []) == []
+    apart = {s + 7: sample for s, sample in found[3].items()}
+    assert statistics.ranks([*found[:3], apart], [True] * 4) == [1, 1, 3, None], (
+        "no seed in common, yet ranked"
+    )
 
 
 def test_every_rank_is_one_plus_the_number_of_better_ranked_rows() -> None:

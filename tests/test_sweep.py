@@ -17,7 +17,7 @@ from peftzoo.drive import TRIES, Drive
 from peftzoo.errors import UserError
 from peftzoo.estimate import Estimates
 from peftzoo.executors import Done, Job, perform
-from peftzoo.plan import Plan, Request
+from peftzoo.plan import Plan, Request, check
 from peftzoo.tune import Study
 from tests.test_store import make
 
@@ -140,9 +140,13 @@ def test_a_file_that_is_no_sweep_is_named(tmp_path, text: str) -> None:
 @pytest.mark.parametrize(("keys", "told"), [
     ({"methods": "none, lroa"}, 'did you mean "lora"'), ({"tasks": "sst"}, "sst2"),
     ({"set": {"rank": 3}}, "rank"),
+    ({"steps": None, "train": {"epochs": "many"}}, "--epochs many"),
+    ({"steps": None, "train": {"epochs": -3}}, "--epochs -3"),
+    ({"steps": None, "train": {"epochs": 1, "batch_size": 0}}, "--batch-size 0"),
     ({"train": {"lr": -1}}, "--lr -1"), ({"models": "embeded"}, 'did you mean "embedded"'),
     ({"protocol": "best"}, "protocol"), ({"save_every": 0}, "--save-every 0"), ({"limit": 0}, "--limit 0"),
     ({"search": {"trials": 2, "space": {"set.rank": [1, 2]}}}, "rank"),
+    ({"search": {"trials": 2, "space": {"set.targets": ["q", "nowhere", "v"]}}}, "nowhere"),
 ])  # fmt: skip
 def test_mistakes_show_before_the_first_run(say, tmp_path, keys: dict, told: str) -> None:
     code, _, err = say(f"sweep {written(tmp_path, **keys)} --out {tmp_path / 'out'}")
@@ -256,6 +260,38 @@ def broken(tmp_path, monkeypatch) -> str:
     return str(file)
 
 
+FRAGILE = """
+from peftzoo.methods.lora import LoRA
+
+
+class Fragile(LoRA):
+    name = "fragile"
+
+    def __init__(self, config):
+        if config.r == 1:
+            raise KeyError("no such rank")
+        super().__init__(config)
+
+    def part(self, site):
+        raise RuntimeError("it looks at values")
+"""
+
+
+def test_a_plugin_that_breaks_when_attached_stops_no_other(say, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_extra", {})
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    registry.add_file(tmp_path / "fragile.py")
+    fit, notes = check(requests(methods="fragile,lora"), skip=False)
+    assert [r.method for r in fit] == ["fragile", "lora"] and not notes
+    made, _ = drive(tmp_path / "out", fit)
+    assert [(r.method, r.status) for r, _, _ in made.records] == [("fragile", "failed"), ("lora", "ok")]
+    assert made.records[0][0].reason.startswith("RuntimeError: it looks at values")
+    file = written(tmp_path, methods="fragile", set={"r": 1})
+    code, _, err = say(f"sweep {file} --out {tmp_path / 'none'}")
+    last = err.splitlines()[-1]  # after other libraries' bars
+    assert code == 2 and '"fragile" breaks when it is made (KeyError' in last and "Traceback" not in err, err
+
+
 def test_runs_that_fail_are_recorded_and_stop_no_other(tmp_path, broken) -> None:
     wanted = requests(methods="broken", set={"r": [1, 2]}) + requests()
     made, _ = drive(tmp_path, wanted)
@@ -348,6 +384,17 @@ def test_what_a_crash_left_half_written_is_removed(tmp_path) -> None:
     half.write_text("{")
     run.run(request, tmp_path)
     assert target.is_file() and not half.exists()
+
+
+def test_what_another_seed_is_writing_stays(tmp_path) -> None:
+    """Seed 1 is not seed 10."""
+    (request,) = requests(seeds=[1])
+    record = run.blank(Plan(request))
+    other = store.path(tmp_path, record).with_name(f".{record.id}-s10.json.123.tmp")
+    other.parent.mkdir(parents=True)
+    other.write_text("{")
+    with run.alone(tmp_path, record, 0):
+        assert other.exists()
 
 
 def test_a_run_on_record_is_not_loaded(tmp_path, monkeypatch) -> None:
@@ -496,6 +543,23 @@ def test_a_sweep_with_a_search_plans_trials_and_runs(say, tmp_path) -> None:
     plan = plan_of(say, tmp_path, seeds=[0, 1], search={"trials": 5, "rows": 8})
     assert [(r["kind"], r["times"]) for r in plan["plan"]] == [("trial", 5), ("after the search", 2)]
     assert plan["total"]["runs"] == 7
+
+
+def test_the_plan_of_a_search_says_what_is_on_record(say, tmp_path) -> None:
+    keys = {"search": {"trials": 2, "rows": 8, "steps": 2, "sampler": "random"}}
+    wanted = sweep.read(written(tmp_path, **keys))
+    study = Study(wanted.search, requests()[0], [0])
+    run.run(study.ask(), tmp_path / "out" / "tuning")
+    half = plan_of(say, tmp_path, **keys)["plan"]
+    assert [(r["kind"], r["times"], r["state"]) for r in half] == [
+        ("trial", 1, "done"), ("trial", 1, "to do"), ("after the search", 1, "to do")
+    ]  # fmt: skip
+    drive(tmp_path / "out", studies=[Study(wanted.search, requests()[0], [0])])
+    whole = plan_of(say, tmp_path, **keys)
+    assert [(r["kind"], r["times"], r["state"]) for r in whole["plan"]] == [
+        ("trial", 2, "done"), ("run", 1, "done")
+    ]  # fmt: skip
+    assert whole["total"]["to_do"] == 0 and whole["total"]["done"] == 3
 
 
 # -- the command ----------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path) -> None:
     rng = random.Random()
     process(tmp_path, [], 1).join()  # the server of processes is there from now on
     began = time.perf_counter()
-    run.run(requests([99])[0], tmp_path / "whole")
+    process(tmp_path / "one", requests([99]), 1).join()
     long = 1.5 * (time.perf_counter() - began)
     out, killed = tmp_path / "out", {"sweep": 0, "worker": 0}
     made, steps = {}, {}

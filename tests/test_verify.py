@@ -59,6 +59,29 @@ def test_what_was_not_reached_differs(made) -> None:
     assert verdicts(verify.files(false))["score of the outcomes"] is False
 
 
+def test_what_cannot_be_compared_is_not_called_wrong(made) -> None:
+    """An unmerged score over other rows, as older records have it, and a run on another kind of device."""
+    older = made.model_copy(deep=True)
+    older.score.rows, older.score.value = older.score.rows - 1, 0.0
+    older.environment["device"], older.id = "GPU", "0" * 12
+    got = verdicts(verify.again(older, verify.request(made), tolerance=0.0))
+    assert got["unmerged score (within 0)"] is None and got["configuration (id)"] is None
+    assert got["score (within 0)"] and False not in got.values()
+
+
+def test_a_trial_of_a_search_is_done_on_its_own_rows() -> None:
+    held = {"source": "embedded", "scored_rows": 8, "held_out": {"rows": [8, 5], "seed": 3}}
+    assert verify.request(make(data=held)).hold_out == (8, 3)
+    for odd in (None, 3, {}, {"rows": 8}, {"rows": [], "seed": 1}, {"rows": ["x"], "seed": 1}):
+        assert verify.request(make(data=held | {"held_out": odd})).hold_out is None
+
+
+def test_a_title_from_a_record_is_plain_text(say, tmp_path) -> None:
+    file = store.write(tmp_path, make(name="[/bold]\x1b[31m[red]x"))
+    code, out, err = say(f"verify {file} --no-run")
+    assert code == 0 and "[/bold]" in out and "[red]x" in out and "\x1b" not in out, err
+
+
 def test_everything_that_was_asked_is_asked_again() -> None:
     record = make(
         protocol="zero-shot", prune="wanda:0.5", max_new_tokens=7, retention={"task": "gsm8k"},

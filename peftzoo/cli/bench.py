@@ -65,8 +65,8 @@ def bench(
     from peftzoo.track import tracker
 
     show.load_plugins(plugin)
-    if epochs is not None and (steps is not None or not 0 < epochs <= 1e6):
-        raise UserError(f"--epochs {epochs:g}: above 0, and not together with --steps")
+    if epochs is not None and steps is not None:
+        raise UserError(f"--epochs {epochs:g} and --steps {steps} say the same: keep one of them")
     train = {
         "steps": steps, "epochs": epochs, "batch_size": batch_size, "micro_batch": micro_batch, "lr": lr,
         "head_lr": head_lr, "schedule": schedule, "warmup": warmup, "clip": clip, "max_length": max_length,

@@ -34,6 +34,9 @@ def board(
     from peftzoo import external, replicas, site
     from peftzoo.files import write_atomically
 
+    for option, folder in (("--out", out), ("--html", html)):
+        if folder is not None:
+            show.folder(folder, option)
     if import_peft is not None:
         _external(external.read_all(import_peft), out, json)
         return
@@ -50,8 +53,8 @@ def board(
     if out is not None:
         write_atomically(out / "board.md", text.encode())
         made = engine.files(tables)
-        for old in (out / "tables").glob(f"*-{'[0-9a-f]' * 8}.csv"):  # of an earlier board
-            if old.name not in made:
+        for old in (out / "tables").glob("*.csv"):
+            if old.name not in made and engine.is_table(old):  # of an earlier board
                 old.unlink()
         for name, lines in made.items():
             write_atomically(out / "tables" / name, lines.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,18 +35,29 @@ def table(
     from rich.text import Text
 
     columns = list(columns)
-    out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    out = Table(
+        title=Text(_plain(title), "bold"),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
     for i, c in enumerate(columns):  # the first holds names, which are copied
         out.add_column(c, justify="right" if c in set(right) else "left", overflow="fold", no_wrap=i == 0)
     for row in rows:
-        out.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        out.add_row(*(Text("" if cell is None else _plain(str(cell))) for cell in row))
     width = None if sys.stdout.isatty() else 160
     Console(width=width, highlight=False).print(out)
 
 
 def note(text: str) -> None:
     """A line for the person at the terminal, on standard error."""
-    print(text, file=sys.stderr)
+    print(_plain(text), file=sys.stderr)
+
+
+def _plain(text: str) -> str:
+    """Without characters that steer a terminal: the text may come from a file."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def count(n: int | None) -> str:
@@ -91,14 +103,16 @@ def names(text: str, known: Iterable[str], what: str) -> list[str]:
     return found
 
 
-def folder(out: Path) -> None:
-    """Make the folder for records."""
+def folder(path: Path, option: str = "--out") -> None:
+    """Make the folder that an option names. Raises `UserError` where nothing can be written there."""
     from peftzoo.errors import UserError
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--out "{out}": {error.strerror}') from None
+        raise UserError(f'{option} "{path}": {error.strerror}') from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f'{option} "{path}": it may not be written to; name another folder')
 
 
 def load_plugins(files: list[str]) -> None:

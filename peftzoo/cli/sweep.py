@@ -82,11 +82,11 @@ def _plan(requests: list[Any], studies: list[Any], out: Path) -> list[dict[str, 
         show.note(f"skipped: {error}")
     estimates, rows = Estimates(r for r in found if not isinstance(r, UserError)), []
 
-    def row(request: Any, kind: str, times: int) -> dict[str, Any]:
+    def row(request: Any, kind: str, times: int, there: bool = False) -> dict[str, Any]:
         record = blank(Plan(request))
         guess, c = estimates.of(record), record.train_config
         started = out / "checkpoints" / f"{record.id}-s{record.seed}.safetensors"
-        there = kind == "run" and store.path(out, record).is_file()
+        there = there or (kind == "run" and store.path(out, record).is_file())
         state = "done" if there else "half done" if kind == "run" and started.is_file() else "to do"
         given = ", ".join(f"{k}={v}" for k, v in request.options.items())
         return {
@@ -99,9 +99,13 @@ def _plan(requests: list[Any], studies: list[Any], out: Path) -> list[dict[str, 
     for request in requests:
         rows.append(row(request, "run", 1))
     for study in studies:
-        if study.space:
-            rows.append(row(study.sample(), "trial", study.search.trials))
-        rows.append(row(study.request, "after the search" if study.space else "run", len(study.seeds)))
+        done, left = study.replay(out / "tuning")
+        rows += [row(study.sample(), "trial", done, there=True)] if done else []
+        if left:
+            rows.append(row(study.sample(), "trial", left))
+            rows.append(row(study.request, "after the search", len(study.seeds)))
+        else:
+            rows += [row(request, "run", 1) for request in study.settled()]
     return rows
 
 
