@@ -1,4 +1,4 @@
-"""Metrics for trained heads: `evaluate` modules that live here, so that no network is needed.
+"""Metrics for trained heads.
 
 A metric that is not defined (a constant prediction has no correlation) is None, never NaN; `UNDEFINED` says
 why.
@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 from scipy import stats
 
@@ -21,83 +19,40 @@ from peftzoo.errors import UserError, unknown
 Values = np.ndarray
 
 
-class _Head(evaluate.Metric):
-    """Predictions and references, one number each per row."""
-
-    key: str
-    of: Callable[[Values, Values], float]
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features(
-            {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-        )
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description=_Head.__doc__ or "",
-            features=features,
-        )
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {self.key: self.of(np.asarray(predictions, float), np.asarray(references, float))}
-
-
-class Accuracy(_Head):
+def accuracy(p: Values, r: Values) -> float:
     """Share of rows whose predicted label is the reference."""
-
-    key = "acc"
-
-    @staticmethod
-    def of(p: Values, r: Values) -> float:
-        return float(np.mean(p == r))
+    return float(np.mean(p == r))
 
 
-class F1(_Head):
+def f1(p: Values, r: Values) -> float:
     """Harmonic mean of precision and recall of the label 1."""
-
-    key = "f1"
-
-    @staticmethod
-    def of(p: Values, r: Values) -> float:
-        marked = int(np.sum(p == 1) + np.sum(r == 1))
-        return 2 * int(np.sum((p == 1) & (r == 1))) / marked if marked else math.nan
+    marked = int(np.sum(p == 1) + np.sum(r == 1))
+    return 2 * int(np.sum((p == 1) & (r == 1))) / marked if marked else math.nan
 
 
-class Matthews(_Head):
+def matthews(p: Values, r: Values) -> float:
     """Matthews correlation: that of the labels' indicators, which is Pearson's for two labels."""
-
-    key = "mcc"
-
-    @staticmethod
-    def of(p: Values, r: Values) -> float:
-        kinds = np.unique(np.concatenate([p, r]))
-        x, y = ((v[:, None] == kinds).astype(float) for v in (p, r))
-        x, y = x - x.mean(0), y - y.mean(0)
-        spread = math.sqrt((x * x).sum() * (y * y).sum())
-        return float((x * y).sum() / spread) if spread else math.nan
+    kinds = np.unique(np.concatenate([p, r]))
+    x, y = ((v[:, None] == kinds).astype(float) for v in (p, r))
+    x, y = x - x.mean(0), y - y.mean(0)
+    spread = math.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / spread) if spread else math.nan
 
 
-class Pearson(_Head):
+def pearson(p: Values, r: Values) -> float:
     """Linear correlation."""
-
-    key = "pearson"
-
-    @staticmethod
-    def of(p: Values, r: Values) -> float:
-        return _quiet(stats.pearsonr, p, r)
+    return _quiet(stats.pearsonr, p, r)
 
 
-class Spearman(_Head):
+def spearman(p: Values, r: Values) -> float:
     """Rank correlation."""
-
-    key = "spearman"
-
-    @staticmethod
-    def of(p: Values, r: Values) -> float:
-        return _quiet(stats.spearmanr, p, r)
+    return _quiet(stats.spearmanr, p, r)
 
 
-METRICS: dict[str, type[_Head]] = {m.key: m for m in (Accuracy, F1, Matthews, Pearson, Spearman)}
+METRICS: dict[str, Callable[[Values, Values], float]] = {
+    "acc": accuracy, "f1": f1, "mcc": matthews, "pearson": pearson, "spearman": spearman,
+}  # fmt: skip
+"""Of predictions and references, one number each per row; NaN where the metric is not defined."""
 
 _CONSTANT = "all predictions, or all references, are the same"
 UNDEFINED = {
@@ -121,11 +76,12 @@ def compute(names: list[str], predictions: list[float], references: list[float])
     """Each named metric on these rows. Raises `UserError` for an unknown name or no rows."""
     if not predictions:
         raise UserError("no rows to score: raise --limit")
+    p, r = np.asarray(predictions, float), np.asarray(references, float)
     out: dict[str, float | None] = {}
     for name in names:
         if name not in METRICS:
             raise unknown("metric", name, METRICS)
-        value = METRICS[name]().compute(predictions=predictions, references=references)[name]
+        value = METRICS[name](p, r)
         out[name] = value if math.isfinite(value) else None
     return out
 
@@ -140,6 +96,6 @@ def standard_error(
         return float(hits.std(ddof=1) / len(hits) ** 0.5) if len(hits) > 1 else None
     rng = np.random.default_rng(0)
     draws = [rng.integers(0, len(p), len(p)) for _ in range(rounds)]
-    values = np.array([METRICS[name].of(p[d], r[d]) for d in draws])
+    values = np.array([METRICS[name](p[d], r[d]) for d in draws])
     values = values[np.isfinite(values)]
     return float(values.std(ddof=1)) if len(values) > 1 else None

@@ -19,9 +19,9 @@ from peftzoo.models import Loaded
 from peftzoo.pack import unfit
 from peftzoo.packed import PackLoop
 from peftzoo.plan import Plan, Request
-from peftzoo.recommend import amount
 from peftzoo.run import Busy, Done, alone, blank, load, make_accelerator, run, tidy, why
 from peftzoo.train import Loop
+from peftzoo.units import amount
 from peftzoo.work import Progress, Work
 
 USABLE = 0.8

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from peftzoo import board, statistics
-from peftzoo.errors import UserError, unknown
+from peftzoo.errors import unknown
 from peftzoo.store import Record
 
 
@@ -76,20 +76,3 @@ def _missing(mine: list[Record], fit: dict[str, bool], advice: Advice) -> list[s
     if others:
         found.append(f"other tasks on record, not looked at: {', '.join(others)}")
     return found
-
-
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9,
-         "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
-
-
-def amount(option: str, text: str) -> int:
-    """`1M`, `16GB` or `300000` as a number. Raises `UserError` for anything else."""
-    number = text.strip().lower().rstrip("bgiktm")
-    unit = text.strip().lower()[len(number) :]
-    try:
-        value = float(number) * UNITS[unit]
-        if not 0 <= value < 2**62:
-            raise ValueError
-    except (ValueError, KeyError):
-        raise UserError(f'{option} "{text}": a number, with K, M, G, GB or GiB, such as 1M or 16GB') from None
-    return int(value)

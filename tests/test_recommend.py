@@ -6,6 +6,7 @@ import pytest
 
 from peftzoo import recommend, store
 from peftzoo.errors import UserError
+from peftzoo.units import amount
 from tests.test_board import make, with_outcomes
 from tests.test_cli import one_document
 
@@ -64,13 +65,13 @@ def test_an_unknown_model_or_task() -> None:
     [("1M", 10**6), ("16GB", 16 * 10**9), ("2 GiB", 2**31), ("3000", 3000), ("1.5k", 1500), ("1e3", 1000)],
 )
 def test_amounts(text: str, value: int) -> None:
-    assert recommend.amount("--x", text) == value
+    assert amount("--x", text) == value
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1X", "inf", "nan", "1MM", "1e999", "one"])
 def test_what_is_no_amount(text: str) -> None:
     with pytest.raises(UserError, match="--x"):
-        recommend.amount("--x", text)
+        amount("--x", text)
 
 
 def test_the_command(say, tmp_path) -> None:

@@ -109,12 +109,12 @@ def test_a_metric_from_its_parts_is_the_metric(name: str) -> None:
             p, r = rng.integers(0, 2 if name == "f1" else 3, (2, n)).astype(float)
         split, of = METRICS[name]
         sample = Sample(tuple(range(n)), split(p, r), of)
-        assert sample.value() == pytest.approx(metrics.METRICS[name].of(p, r))
+        assert sample.value() == pytest.approx(metrics.METRICS[name](p, r))
         counts = statistics._counts(n, sample.rows)
         found = statistics.resampled(sample)
         for i in rng.integers(0, len(found), 5):
             drawn = np.repeat(np.arange(n), counts[i].astype(int))
-            assert found[i] == pytest.approx(metrics.METRICS[name].of(p[drawn], r[drawn]), abs=2e-4)
+            assert found[i] == pytest.approx(metrics.METRICS[name](p[drawn], r[drawn]), abs=2e-4)
 
 
 def test_a_correlation_is_compared_on_the_same_rows() -> None:

@@ -31,9 +31,10 @@ def recommend(
     from peftzoo import board, store
     from peftzoo import recommend as engine
     from peftzoo.errors import UserError
+    from peftzoo.units import amount
 
     limits = [
-        None if text is None else engine.amount(option, text)
+        None if text is None else amount(option, text)
         for option, text in (("--max-trainable", max_trainable), ("--max-train-memory", max_train_memory))
     ]
     if not results.is_dir():
