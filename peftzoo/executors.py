@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # torch counts its threads when it is imported, which is afte
 
 Follow = Callable[[int, "Job", str, int, int, dict[str, float]], None]
 """follow(worker, job, stage, done, total, values), as `work.Progress`."""
-TRANSPORTED = 2**28
-"""Bytes of one run's files that are sent to a folder that its worker does not see, at most."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peftzoo.board import escape, grid
 from peftzoo.errors import UserError
+from peftzoo.written import escape, grid
 
 LARGEST = 8 * 2**20
 """Bytes of a result file, at most."""

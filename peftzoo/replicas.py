@@ -9,10 +9,10 @@ import pandas as pd
 
 from peftzoo import registry, statistics
 from peftzoo.attached import configure
-from peftzoo.board import escape, grid
 from peftzoo.errors import UserError
 from peftzoo.published import Preset, presets
 from peftzoo.store import Record, number
+from peftzoo.written import escape, grid
 
 COLUMNS = ("method", "model", "task", "preset", "paper", "here", "ci95", "seeds", "paper_params",
            "here_params", "source")  # fmt: skip

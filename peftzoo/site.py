@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from peftzoo import board, pareto, published, registry, store
+from peftzoo import board, pareto, published, registry, store, written
 from peftzoo.errors import UserError
 from peftzoo.files import write_atomically
 from peftzoo.store import Record
@@ -38,12 +38,12 @@ def write(folder: Path, records: list[Record], tables: Tables, papers: list[dict
     )  # fmt: skip
     pages.globals |= {"pareto": pareto, "baseline": baseline, "methods": methods,
                       "run_of": lambda record: runs[id(record)]}  # fmt: skip
-    pages.filters |= {"number": _number, "count": _count, "chance": board.chance}
+    pages.filters |= {"number": _number, "count": _count, "chance": written.chance}
     here = set(registry.methods())
     cards = {name: _card(name) if name in here or ":" in name else None for name in methods}
     boards = [_board(place, facts, table, cards) for place, (facts, table) in enumerate(tables)]
     _save(folder / "index.html", pages, "index.html", root="", boards=boards, papers=papers,
-          notes=list(notes), about=board.ABOUT, axes=AXES, total=len(records))  # fmt: skip
+          notes=list(notes), about=written.ABOUT, axes=AXES, total=len(records))  # fmt: skip
     for name, file in methods.items():
         mine = [r for r in records if r.method == name]
         _save(folder / file, pages, "method.html", root="../", name=name, card=cards[name], records=mine,
@@ -104,8 +104,8 @@ def _board(place: int, facts: dict[str, Any], table: pd.DataFrame, cards: dict[s
         for axis in AXES
     }
     return {
-        "id": f"board-{place}", "facts": facts, "title": board.title(facts), "device": board.device(facts),
-        "conditions": board.conditions(facts), "metric": facts["metric"] or "score", "rows": rows,
+        "id": f"board-{place}", "facts": facts, "title": written.title(facts),
+        "device": written.device(facts), "conditions": written.conditions(facts), "metric": facts["metric"] or "score", "rows": rows,
         "best": scored[0] if scored else None, "plots": {k: p for k, p in plots.items() if p},
         "runs": sum(len(r["records"]) for r in rows),
     }  # fmt: skip

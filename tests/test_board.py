@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from peftzoo import board, statistics, store
+from peftzoo import board, statistics, store, written
 
 TRAIN = {"steps": 100, "batch_size": 16, "lr": 1e-3, "precision": "fp32", "max_length": 128,
          "schedule": "linear", "warmup": 0.06, "clip": 1.0, "head_lr": 1e-3,
@@ -51,7 +51,7 @@ def test_a_table_by_hand() -> None:
     assert table["step_ms"].tolist()[:2] == [10.0, 11.0] and np.isnan(table["step_ms"].iloc[2])
     assert table["unmerged"].iloc[0] == 0.9 and np.isnan(table["unmerged"].iloc[1])
     assert table["memory_mib"].iloc[1] == 3.0
-    text = board.markdown([(facts, table)])
+    text = written.markdown([(facts, table)])
     assert "|  | lora | 0.600 | 0.248 |  | 3 |  |  |  | 1,234 | 11.0 | 3 | 0.001 | r=8 |" in text
     assert "|  | none | 0.100 |  |  | 1 |  |  |  | 0 |  |  |" in text
 
@@ -60,7 +60,7 @@ def test_a_protocol_may_ask_for_the_median() -> None:
     records = [make("lora", s, v, protocol="best", average="median") for s, v in enumerate((0.1, 0.6, 0.7))]
     ((facts, table),) = board.tables(records)
     assert table["score"].tolist() == [0.6] and table["ci95"].isna().all()
-    assert "best), median over seeds" in board.markdown([(facts, table)])
+    assert "best), median over seeds" in written.markdown([(facts, table)])
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -129,7 +129,7 @@ def test_searches_with_the_same_budget_share_a_table() -> None:
 
     found = board.tables([searched("lora", 0.1), searched("vb-lora", 0.2), searched("dora", 0.1, trials=9)])
     assert sorted(sorted(t["method"]) for _, t in found) == [["dora"], ["lora", "vb-lora"]]
-    assert "warm-up searched" in board.markdown(found)
+    assert "warm-up searched" in written.markdown(found)
     assert len(board.tables([make("lora"), make("dora", train={"warmup": 0.2})])) == 2, "told, not searched"
 
 
@@ -159,7 +159,7 @@ def test_failed_runs_and_undefined_scores() -> None:
     ((_, table),) = board.tables([make("lora"), make("vera", value=None), failed])
     assert table["method"].tolist() == ["lora", "vera"] and np.isnan(table["score"].iloc[1])
     assert board.tables([failed]) == [] == board.tables([])
-    assert "nan" not in board.markdown(board.tables([make("vera", value=None)])).lower()
+    assert "nan" not in written.markdown(board.tables([make("vera", value=None)])).lower()
 
 
 def with_outcomes(folder, method: str, right: float, seeds: int = 3, rows: int = 200, **changes) -> list:
@@ -186,7 +186,7 @@ def test_ranks_and_tests_by_hand(tmp_path) -> None:
     assert p["dora"] < 0.001 and p["lora"] is None and p["bare"] is None
     best = table.set_index("method")["p_best"].to_dict()
     assert best["few"] is None and best["lora"] < best["vera"] and best["bare"] is None
-    text = board.markdown([(facts, table)])
+    text = written.markdown([(facts, table)])
     assert "| 3 | lora | 0." in text and "| <0.001 |" in text and "| 0.030 |" in text
 
 
@@ -210,7 +210,7 @@ def test_a_side_file_that_was_changed_is_told_and_not_used(tmp_path) -> None:
 def test_the_csv_files(tmp_path) -> None:
     records = with_outcomes(tmp_path, "lora", 0.6)
     records.append(make("=cmd()", task="-x", value=0.5, options={"a": "@b"}))
-    found = board.files(board.tables(records))
+    found = written.files(board.tables(records))
     assert len(found) == 2 and all(re.fullmatch(r"[A-Za-z0-9._-]+\.csv", name) for name in found)
     frames = pd.concat([pd.read_csv(io.StringIO(text)) for text in found.values()])
     assert frames["method"].tolist() in (["lora", "'=cmd()"], ["'=cmd()", "lora"])
@@ -224,7 +224,7 @@ def test_the_csv_files(tmp_path) -> None:
     "method", ["x\r=cmd()", "x\n=cmd()", " =cmd()", "\t@cmd()", "\x1b=cmd()", "\u2028+1"]
 )
 def test_no_cell_of_a_csv_file_begins_a_row_or_a_formula(method: str) -> None:
-    ((_, text),) = board.files(board.tables([make(method)])).items()
+    ((_, text),) = written.files(board.tables([make(method)])).items()
     assert len(re.split("[\r\n]", text)) == 3 and text.endswith("\n"), "a row more"
     cell = pd.read_csv(io.StringIO(text))["method"].iloc[0]
     assert cell.lstrip()[0] in "x'"
@@ -252,7 +252,7 @@ def test_text_of_a_record_can_break_nothing() -> None:
         HOSTILE, task=HOSTILE, model=HOSTILE, protocol=HOSTILE, options={HOSTILE: HOSTILE},
         environment={"device": HOSTILE}, score={"metric": HOSTILE, "value": 0.5, "rows": 1},
     )  # fmt: skip
-    text = board.markdown(board.tables([record]))
+    text = written.markdown(board.tables([record]))
     assert "<" not in text and "\x1b" not in text and "[" not in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 3
@@ -264,7 +264,7 @@ def test_text_of_a_record_can_break_nothing() -> None:
 @pytest.mark.parametrize("value", ["x", None, [1], {"a": {"b": 1}}, True, -1, 10**400])
 def test_free_parts_of_a_record_may_hold_anything(key: str, value) -> None:
     found = board.tables([make("odd", train={key: value}), make("lora"), make("none", train={"steps": 0})])
-    board.markdown(found)
+    written.markdown(found)
     assert {m for _, t in found for m in t["method"]} == {"odd", "lora", "none"}
 
 
@@ -287,14 +287,14 @@ def test_numbers_beyond_all_measure_stop_no_command(say, tmp_path, value: float)
 @pytest.mark.parametrize("value", [[1], {"a": 1}, 7, None])
 def test_a_device_or_source_of_another_type(value) -> None:
     data = {"source": value, "id": value, "files": value, "scored_rows": value}
-    board.markdown(board.tables([make(environment={"device": value}, data=data), make()]))
+    written.markdown(board.tables([make(environment={"device": value}, data=data), make()]))
 
 
 def test_the_same_as_plain_json() -> None:
     import json
 
     records = [make("lora", s, v) for s, v in enumerate((0.5, 0.7))] + [make("none", train={"steps": 0})]
-    (one,) = json.loads(json.dumps(board.as_rows(board.tables(records)), allow_nan=False))
+    (one,) = json.loads(json.dumps(written.as_rows(board.tables(records)), allow_nan=False))
     assert one["steps"] == 100 and isinstance(one["rows"], int)
     assert one["table"][0]["method"] == "lora" and one["table"][0]["score"] == pytest.approx(0.6)
     assert one["table"][0]["trained"] == 1234 and one["table"][1]["ci95"] is None

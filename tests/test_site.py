@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftzoo import board, files, pareto, replicas, site, store
+from peftzoo import board, files, pareto, replicas, site, store, written
 from tests.test_board import HOSTILE, make, with_outcomes
 
 
@@ -257,7 +257,7 @@ def test_ten_thousand_records(tmp_path, monkeypatch) -> None:
     records = [r for r in store.read_all(tmp_path) if isinstance(r, store.Record)]
     tables = board.tables(records)
     made = site.write(tmp_path / "pages", records, tables, [])
-    board.markdown(tables), board.files(tables)
+    written.markdown(tables), written.files(tables)
     seconds = time.process_time() - begin
     assert len(records) == count == 10_000 and made == 10_101 and len(tables) == 20
     assert seconds < 20, f"{seconds:.1f} s"

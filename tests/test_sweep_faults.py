@@ -20,7 +20,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peftzoo import board, checkpoint, run, store
+from peftzoo import board, checkpoint, run, store, written
 from peftzoo.errors import UserError
 from peftzoo.plan import Plan, Request
 from tests.test_store import make
@@ -299,7 +299,7 @@ def test_any_file_is_a_record_or_is_reported_by_name(tmp_path, data: bytes) -> N
     assert any(r.seed == 7 for r in kept) and len(kept) + len(errors) == 2
     for r in kept:
         store.path(tmp_path, r).resolve().relative_to(tmp_path.resolve())
-    assert "<script" not in board.markdown(board.tables(kept))
+    assert "<script" not in written.markdown(board.tables(kept))
 
 
 def test_a_damaged_record_is_named_and_the_others_are_run(tmp_path) -> None:

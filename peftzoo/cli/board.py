@@ -31,7 +31,7 @@ def board(
     A table per task, model, data source, protocol, budget and device.
     """
     from peftzoo import board as engine
-    from peftzoo import external, replicas, site
+    from peftzoo import external, replicas, site, written
     from peftzoo.files import write_atomically
 
     for option, folder in (("--out", out), ("--html", html)):
@@ -46,15 +46,15 @@ def board(
     for note in notes:
         show.note(f"skipped: {note}")
     if json:
-        show.as_json(engine.as_rows(tables))
+        show.as_json(written.as_rows(tables))
         return
     papers = replicas.rows(records)
-    text = engine.markdown(tables, baseline, replicas.markdown(papers))
+    text = written.markdown(tables, baseline, replicas.markdown(papers))
     if out is not None:
         write_atomically(out / "board.md", text.encode())
-        made = engine.files(tables)
+        made = written.files(tables)
         for old in (out / "tables").glob("*.csv"):
-            if old.name not in made and engine.is_table(old):  # of an earlier board
+            if old.name not in made and written.is_table(old):  # of an earlier board
                 old.unlink()
         for name, lines in made.items():
             write_atomically(out / "tables" / name, lines.encode())

@@ -28,8 +28,8 @@ def recommend(
 
     Best mean first, with what is missing; nothing is extrapolated.
     """
-    from peftzoo import board, store
     from peftzoo import recommend as engine
+    from peftzoo import store, written
     from peftzoo.errors import UserError
     from peftzoo.units import amount
 
@@ -52,7 +52,7 @@ def recommend(
     advice = engine.recommend(records, model, task_like, *limits)
     if json:
         show.as_json({
-            "tables": board.as_rows(advice.tables), "beyond_budget": advice.beyond,
+            "tables": written.as_rows(advice.tables), "beyond_budget": advice.beyond,
             "unknown_cost": advice.unknown, "missing": advice.missing,
         })  # fmt: skip
         return
@@ -64,7 +64,9 @@ def recommend(
              show.number(_known(r["memory_mib"]), 0), show.number(_known(r["step_ms"]), 1), r["options"]]
             for r in table.head(top).to_dict("records")
         ]  # fmt: skip
-        title = f"{board.title(facts)}: {facts['metric']}\n{board.conditions(facts)}\n{board.device(facts)}"
+        title = (
+            f"{written.title(facts)}: {facts['metric']}\n{written.conditions(facts)}\n{written.device(facts)}"
+        )
         show.table(title, columns, rows, right=("rank", *columns[2:-1]))
     if not advice.tables:
         print("No measured row is within this budget.")
