@@ -105,7 +105,8 @@ def _board(place: int, facts: dict[str, Any], table: pd.DataFrame, cards: dict[s
     }
     return {
         "id": f"board-{place}", "facts": facts, "title": written.title(facts),
-        "device": written.device(facts), "conditions": written.conditions(facts), "metric": facts["metric"] or "score", "rows": rows,
+        "device": written.device(facts), "conditions": written.conditions(facts),
+        "metric": facts["metric"] or "score", "rows": rows,
         "best": scored[0] if scored else None, "plots": {k: p for k, p in plots.items() if p},
         "runs": sum(len(r["records"]) for r in rows),
     }  # fmt: skip
