@@ -17,6 +17,8 @@ from peftzoo.store import Record
 BASELINE = "lora"
 """The method that all others are tested against, besides the best."""
 
+TOLD = ("id", "files", "cut", "train", "trained_on")
+"""What the record says of its rows, scored and trained on."""
 BUDGET = ("steps", "batch_size", "recipe", "tuning")
 SHARED = ("task", "task_version", "model", "weights", "source", "data", "protocol", "average", "view", "rows",
           "max_length", "max_new_tokens", "prune", "metric", "precision", "measure_version", "device",
@@ -37,7 +39,7 @@ def _row(r: Record) -> dict[str, Any]:
     prompt = ", loss on the prompt too" if t.get("train_on_prompt") else ""
     return {
         "task": r.task, "task_version": r.task_version, "model": r.model, "weights": digest(r.model_source),
-        "source": _word(r.data.get("source")), "data": digest([r.data.get("id"), r.data.get("files")]),
+        "source": _word(r.data.get("source")), "data": digest([r.data.get(k) for k in TOLD]),
         "protocol": r.protocol, "average": r.average, "view": r.view,
         "rows": store.number(r.data.get("scored_rows")),
         "max_length": store.number(t.get("max_length")), "max_new_tokens": r.max_new_tokens,
@@ -163,18 +165,25 @@ def _summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def averages(records: list[Record], members: Iterable[str]) -> list[dict[str, Any]]:
-    """Mean score over the tasks of a group, each task alike, per method, configuration, seed and metric, and
-    the number of these tasks."""
-    runs = frame([r for r in records if r.status == "ok" and r.result is not None and r.task in set(members)])
-    if runs.empty:
-        return []
-    keys = ["method", "config", "seed", "metric"]
-    found = runs.groupby(keys, sort=False, dropna=False)["score"].agg(["mean", "count"]).reset_index()
-    return [
-        {"method": r["method"], "seed": int(r["seed"]), "metric": r["metric"], "tasks": int(r["count"]),
-         "score": None if pd.isna(r["mean"]) else float(r["mean"])}
-        for r in found.to_dict("records")
-    ]  # fmt: skip
+    """Mean score over the tasks of a group, each task alike, per method, configuration and seed.
+
+    Also the number of these tasks, and which metrics their scores are. A configuration is the same whatever
+    the task's words.
+    """
+    alike: dict[tuple[str, str, int], dict[str, store.Score]] = {}
+    for r in records:
+        if r.status == "ok" and r.result is not None and r.task in set(members):
+            options = {k: v for k, v in r.method_config.items() if k != "description"}
+            key = (r.method, json.dumps(options, sort_keys=True), r.seed)
+            alike.setdefault(key, {}).setdefault(r.task, r.result)
+    found = []
+    for (method, _, seed), scores in alike.items():
+        known = [value for s in scores.values() if (value := store.number(s.value)) is not None]
+        found.append({
+            "method": method, "seed": seed, "metric": ", ".join(sorted({s.metric for s in scores.values()})),
+            "tasks": len(known), "score": sum(known) / len(known) if known else None,
+        })  # fmt: skip
+    return found
 
 
 def whole(value: Any) -> Any:

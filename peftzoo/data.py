@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from peftzoo import suite
+from peftzoo import overlap, suite
 from peftzoo.errors import UserError, unknown
 
 SOURCES = ("embedded", "mirror", "hub")
@@ -100,7 +100,7 @@ def load(task: suite.Task, source: str, mirror: Path | None = None, trains: bool
         wanted = _Wanted(task.name, path, name, splits, spare, task.extra.stand_in, task.dataset_kwargs)
         found, info = _READERS[source](wanted, mirror)
         if cut:
-            found, info["cut"] = _cut(cut, found[cut.of])
+            found, info["cut"] = _cut(task, cut, found[cut.of])
     made = {s: _dataset(found[s], info["id"]) for s in task.splits if s in found}
     shown = made[task.fewshot_split] if task.num_fewshot else None
     rows = Rows(made.get(own), made[task.eval_split], info, shown)
@@ -159,7 +159,10 @@ def _embedded(task: suite.Task) -> Found:
     counts = {task.test_split: spec.test, task.validation_split: spec.validation}
     counts |= {task.fewshot_split: spec.fewshot, task.training_split: spec.train}
     make = suite.generator(task)
-    rows = {s: make(s, counts[s], EMBEDDED_SEED) for s in task.splits}
+    try:
+        rows = {s: make(s, counts[s], EMBEDDED_SEED) for s in task.splits}
+    except ValueError as error:
+        raise UserError(f'task "{task.name}": its generator {spec.rows} makes {error}') from None
     info = {"source": "embedded", "id": spec.rows.split(":")[0], "revision": f"v{task.version:g}"}
     return rows, info | {"files": {s: {"sha256": _digest(r), "rows": len(r)} for s, r in rows.items()}}
 
@@ -168,11 +171,11 @@ def _digest(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def _cut(cut: suite.Cut, rows: list[dict[str, Any]]) -> Found:
-    """The splits that a cut makes. Equal texts stay in one split, so no scored row is among the others."""
+def _cut(task: suite.Task, cut: suite.Cut, rows: list[dict[str, Any]]) -> Found:
+    """The splits that a cut makes. Equal questions stay in one, so no scored row is among the others."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(" ".join(json.dumps(row, sort_keys=True).lower().split()), []).append(row)
+    for row, text in zip(rows, overlap.texts(task, _dataset(rows, task.name)), strict=True):
+        groups.setdefault(text, []).append(row)
     texts = list(groups)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(cut.seed)).tolist()
     if (needed := sum(cut.parts.values())) >= len(texts):
@@ -246,7 +249,7 @@ def _hub(wanted: _Wanted, _: Path | None) -> Found:
         datasets.config.HF_HUB_OFFLINE = True
     try:
         found = datasets.load_dataset(wanted.path, wanted.name, **wanted.kwargs)
-    except (ConnectionError, FileNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = "the Hub cannot be reached" if offline else " ".join(str(error).split())[:120]
         raise NoRows(
             f'no data for task "{wanted.task}": {why}; three ways out: --data FOLDER (a local mirror, see '

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftzoo import batches, data, evaluate, files, measure, models, registry, suite
+from peftzoo import batches, data, evaluate, files, material, measure, models, registry, suite
 from peftzoo.adapter import Adapter
 from peftzoo.attached import Attached, attach, configure
 from peftzoo.errors import UserError
@@ -108,8 +108,14 @@ def prepare(request: Request) -> tuple[models.Loaded, Adapter, list[Subject]]:
     attach(models.on_meta(request.model), configure(cls, request.options))  # shows at once whether they fit
     loaded = models.load(request.model)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    names = [*request.tasks, *request.unseen]
-    return loaded, configure(cls, request.options), [Subject(n, request, loaded.tokenizer) for n in names]
+    subjects = [Subject(n, request, loaded.tokenizer) for n in (*request.tasks, *request.unseen)]
+    return loaded, configure(cls, request.options), subjects
+
+
+def overlaps(subjects: list[Subject]) -> dict[str, Any]:
+    """Scored rows of any task that are training rows of a seen one, where their task allows for it."""
+    parts = [material.Part(s.task, s.rows) for s in subjects]
+    return material.overlaps(parts, [material.Lesson(s.task, s.rows.train) for s in subjects if s.seen])
 
 
 def train_config(request: Request, subjects: list[Subject]) -> TrainConfig:
@@ -175,6 +181,7 @@ def run(request: Request, out: Path, say: Progress = lambda *_: None) -> dict[st
     """
     loaded, adapter, subjects = prepare(request)
     config, device = train_config(request, subjects), loaded.model.device
+    overlap = overlaps(subjects)
     tasks = {
         s: {"task": s.task.name, "seen": s.seen, "metric": s.metric, "rows": len(s.rows.test)}
         for s in subjects
@@ -203,7 +210,7 @@ def run(request: Request, out: Path, say: Progress = lambda *_: None) -> dict[st
         "model": loaded.name, "model_source": loaded.source, "seed": request.seed, "shots": request.shots,
         "train_config": config.model_dump(mode="json"), "trainable_params": attached.trainable_count(),
         "train_seconds": round(done.seconds, 3), "losses": [round(x, 6) for x in done.losses],
-        "environment": measure.environment(), "tasks": list(tasks.values()),
+        "environment": measure.environment(), "tasks": list(tasks.values()), **overlap,
     }  # fmt: skip
     files.write_atomically(out / "gain.json", (json.dumps(report, indent=1) + "\n").encode())
     return report

@@ -77,7 +77,7 @@ def load(course: Course, source: str, mirror: Path | None, trains: bool) -> Mate
             "group that it is in (peftzoo list tasks), or take another --source or --data FOLDER"
         )
     info = parts[0].rows.info if not together else _info(course, parts, lessons, train, left_out)
-    info |= _overlaps(parts, lessons)
+    info |= overlaps(parts, lessons)
     return Material(parts, lessons, info)
 
 
@@ -106,8 +106,11 @@ def _info(course: Course, parts: list[Part], lessons: list[Lesson], train: dict[
     return info | ({"left_out": left_out} if left_out else {})
 
 
-def _overlaps(parts: list[Part], lessons: list[Lesson]) -> dict[str, Any]:
-    """Scored rows whose text is trained on or shown, per task where the task allows for it."""
+def overlaps(parts: list[Part], lessons: list[Lesson]) -> dict[str, Any]:
+    """Scored rows whose text is trained on or shown, per task where the task allows for it.
+
+    Raises `UserError` where a task does not.
+    """
     seen = [overlap.texts(lesson.task, lesson.rows) for lesson in lessons]
     found = {}
     for part in parts:

@@ -164,7 +164,7 @@ class Loop:
         self.attached.adapter.eval()
         out.memory |= peak.bytes | {"optimizer": measure.optimizer_bytes(self.optimizer)}
         out.memory["gradients"] = sum(p.numel() * p.element_size() for p in self.params)
-        out.energy_joules = energy.joules
+        out.energy_joules = None if start else energy.joules  # a resumed run knows only of its last part
         return out
 
     def _look(self, step: int) -> None:

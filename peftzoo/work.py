@@ -308,6 +308,6 @@ class Work:
             if self.plan.view == "head":
                 ids = torch.tensor([self.maker(part.task, part.rows.test, None)(row).ids], device=device)
                 return measure.forward_latency(self.loaded.model, ids)
-            prompt = evaluate.harness_task(part.task, part.rows).doc_to_text(row)
-            ids = self.loaded.tokenizer(str(prompt), return_tensors="pt")["input_ids"].to(device)
+            prompt, _ = evaluate.prompt_and_answer(evaluate.harness_task(part.task, part.rows), row)
+            ids = self.loaded.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
             return measure.generation_latency(self.loaded.model, ids)

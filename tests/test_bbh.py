@@ -77,6 +77,14 @@ EXTRACTED = [  # task, output, strict, lenient
     ("bbh-cot-web_of_lies", "Yes, he lies. So the answer is No.", "No", "No"),
     ("bbh-cot-word_sorting", "We compare. So the answer is barn damp.", "barn damp", "barn damp"),
     ("bbh-cot-dyck_languages", "[ ( are open. So the answer is ) ].", ") ]", ") ]"),
+    ("bbh-cot-dyck_languages", "[ ( are open, so we need ) ]", NO, ") ]"),
+    ("bbh-cot-dyck_languages", "( ) is closed, [ is not: ]", NO, "]"),
+    ("bbh-date_understanding", "The answer is **B**.", NO, "B"),
+    ("bbh-date_understanding", "(A) is wrong. The answer is B, since it is May.", NO, "B"),
+    ("bbh-word_sorting", 'The answer is "barn damp".', NO, "barn damp"),
+    ("bbh-word_sorting", "The answer is **barn damp**.", NO, "barn damp"),
+    ("bbh-cot-multistep_arithmetic_two", "So the answer is 24 - 8 = 16.", NO, "16"),
+    ("bbh-cot-multistep_arithmetic_two", "So the answer is 24 - 8 = -16.\nQ", NO, "-16"),
 ]  # fmt: skip
 
 
@@ -367,7 +375,7 @@ def mirror(folder: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def test_a_cut_is_the_seeds_alone_and_keeps_equal_texts_together(tmp_path) -> None:
-    rows = [{"input": f"row {i % 140}", "target": "Yes"} for i in range(170)]
+    rows = [{"input": f"row {i % 140}", "target": "Yes" if i < 140 else "No"} for i in range(170)]
     folder = mirror(tmp_path, rows)
     few, zero, five = (
         data.load(suite.get(f"{v}-navigate"), "mirror", folder) for v in (VIEWS[1], VIEWS[0], VIEWS[3])
@@ -409,6 +417,20 @@ def test_the_average_gives_every_task_the_same_weight() -> None:
     told = [(r["method"], r["seed"], r["tasks"], round(r["score"], 6)) for r in found]
     assert told == [("lora", 0, 3, 0.5), ("lora", 1, 3, 0.6), ("dora", 0, 1, 0.9)]
     assert board.averages(records, ["gsm8k"]) == []
+
+
+def test_the_average_is_one_whatever_the_metrics_and_the_words_for_the_tasks() -> None:
+    from peftzoo import board
+    from tests.test_board import make
+
+    told = {"cola": "mcc", "stsb": "pearson", "sst2": "acc"}
+    records = [
+        make("lora-gen", 0, None, task=t, options={"r": 8, "description": f"about {t}"},
+             score={"metric": m, "value": v, "rows": 9})
+        for (t, m), v in zip(told.items(), (0.1, 0.2, 0.6), strict=True)
+    ]  # fmt: skip
+    (row,) = board.averages(records, told)
+    assert (row["tasks"], row["metric"], row["score"]) == (3, "acc, mcc, pearson", pytest.approx(0.3))
 
 
 def test_bench_runs_a_group_leaves_out_what_has_no_rows_and_says_the_mean(

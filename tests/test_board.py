@@ -89,6 +89,24 @@ DIFFERENT = {
     "content": {
         "data": {"source": "embedded", "id": "sst2", "scored_rows": 10, "files": {"train": {"sha256": "c"}}}
     },
+    "training rows": {
+        "data": {
+            "source": "embedded",
+            "id": "sst2",
+            "scored_rows": 10,
+            "files": {"train": {"sha256": "b"}},
+            "train": {"id": "another set"},
+        }
+    },
+    "mix": {
+        "data": {
+            "source": "embedded",
+            "id": "sst2",
+            "scored_rows": 10,
+            "files": {"train": {"sha256": "b"}},
+            "trained_on": {"boolq": 12},
+        }
+    },
     "protocol": {"protocol": "best-step"},
     "view": {"view": "head"},
     "answer length": {"max_new_tokens": 64},

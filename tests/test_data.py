@@ -252,6 +252,17 @@ def test_without_the_hub_there_is_one_clear_error(monkeypatch, how: str) -> None
     assert "gsm8k" in text and "\n" not in text
 
 
+def test_a_download_that_breaks_off_says_so(monkeypatch) -> None:
+    import datasets
+
+    def broken(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(data.NoRows, match="--source embedded"):
+        data.load(suite.get("gsm8k"), "hub")
+
+
 def test_a_task_without_a_generator_says_so() -> None:
     task = suite.get("sst2")
     bare = task.model_copy(update={"extra": task.extra.model_copy(update={"embedded": None})})

@@ -31,6 +31,8 @@ EXTRACTED = [  # task, output, strict, flexible
     ("svamp", "#### 1,234", "1,234", "1,234"),
     ("svamp", "#### $18.50.", "$18.50", "$18.50"),
     ("svamp", "#### -3", "-3", "-3"),
+    ("svamp", "It costs .75\n#### .5", ".5", ".5"),
+    ("gsm8k-metamath", "The answer is: .5", ".5", ".5"),
     ("svamp", "#### none", NO, NO),
     ("svamp", "It costs $ 12 in all.", NO, "12"),
     ("svamp", "7-5=2, so 7-5", NO, "5"),
@@ -75,6 +77,7 @@ def test_extraction(name: str, text: str, strict: str, flexible: str) -> None:
 
 
 SAME = [  # said, wanted, whether that counts
+    ("0.5", ".5", True), (".5", "0.50", True), ("5", ".5", False), ("0", "0.0", True), ("10.5", ".5", False),
     ("145", "145.0", True), ("145.0", "145", True), ("1,000", "1000", True), ("1000", "1,000.0", True),
     ("$5", "5.0", True), ("2.50", "2.5", True), ("0.250", "0.25", True), ("12.", "12", True),
     ("-3", "-3.0", True), ("3", "-3", False), ("145", "1450", False), ("100", "10", False),

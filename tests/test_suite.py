@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peftzoo import data, evaluate, layers, suite
+from peftzoo import data, evaluate, layers, material, suite
 from peftzoo.errors import UserError
 from peftzoo.metrics import METRICS
 
@@ -229,6 +229,21 @@ def test_a_generator_that_does_not_exist(tmp_path, good, rows: str) -> None:
     task = suite.get(str(write(tmp_path, good)))
     with pytest.raises(UserError, match="does not exist"):
         data.load(task, "embedded")
+
+
+def test_a_split_that_the_generator_does_not_make(tmp_path, good) -> None:
+    good["test_split"] = "dev"
+    good["metadata"]["peftzoo"]["embedded"]["rows"] = "peftzoo.benchmarks.gsm8k.embedded:rows"
+    task = suite.get(str(write(tmp_path, good)))
+    with pytest.raises(UserError, match="makes no split 'dev'; there are train"):
+        data.load(task, "embedded")
+
+
+def test_a_prompt_that_is_no_template(tmp_path, good) -> None:
+    good["doc_to_text"] = "{{question"
+    course = suite.course(str(write(tmp_path, good)))
+    with pytest.raises(UserError, match=r"no Jinja template \(unexpected end.*line 1"):
+        material.load(course, "embedded", None, True)
 
 
 def test_an_unknown_task_gets_the_nearest_name() -> None:

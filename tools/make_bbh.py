@@ -12,7 +12,7 @@ from pathlib import Path
 from peftzoo.benchmarks.bbh import embedded
 
 HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "bbh"
-VERSION = 1.0
+VERSION = 2.0
 
 TASKS = {  # name: kind of answer, title
     "boolean_expressions": ("truth", "value of a Boolean expression"),
@@ -71,12 +71,17 @@ def lenient(kind: str, thought: bool) -> str:
     """After the last "answer is" if there is one, else the first answer-like piece (the last, if thought)."""
     loose = KINDS[kind][1]
     anywhere = ".*" if thought or kind == "number" else ".*?"
+    marks = r"[\s.\"'*]*(?:\n|$)"
     said = rf".*{PHRASE}\**[\"']?({loose})"
     if kind == "choice":  # a bare letter counts where nothing but a letter can be meant
-        bare = r"([A-Z])(?=[.:)\s]*$|[.:)]\s|\n)"
-        return rf"(?s)^(?:.*[Aa]nswer is:?\s*\**(?:({loose})|{bare})|{anywhere}({loose})|\s*{bare})"
+        bare = r"([A-Z])\**(?=[.,:)\s]*$|[.,:)]\s|\n)"
+        return rf"(?s)^(?:.*[Aa]nswer is:?\s*\**(?:({loose})|{bare})|{anywhere}({loose})|\s*\**{bare})"
     if kind == "words":
-        return rf"(?is)^(?:{said}[\s.]*(?:\n|$)|\s*(?:[^\n]*:\s*)?({loose})[\s.]*(?:\n|$))"
+        return rf"(?is)^(?:{said}{marks}|\s*(?:[^\n]*:\s*)?\**[\"']?({loose}){marks})"
+    if kind == "number":  # of an equation its right side
+        said = rf".*{PHRASE}\**[\"']?(?:[^\n=.]*=\s*)*({loose})"
+    if kind == "brackets" and thought:  # all of the last ones
+        return rf"(?is)^(?:{said}|.*?({loose})(?!.*[\])}}>]))"
     return rf"(?is)^(?:{said}|{anywhere}({loose}))"
 
 

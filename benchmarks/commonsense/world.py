@@ -156,11 +156,11 @@ COURSES = {
         "sends the envelope off",
     ),
     "Painting a wall": (
-        "opens the paint", "dips the brush into it", "paints the wall", "washes the brush",
+        "buys some paint", "opens the paint", "dips the brush into it", "paints the wall",
         "waits until the wall is dry",
     ),
     "Making tea": (
-        "heats some water", "puts tea into a cup", "pours the hot water into the cup", "lets the tea cool",
+        "fills a pot with water", "heats the water", "pours the hot water over the tea", "lets the tea cool",
         "drinks the tea",
     ),
     "Taking the train": (
@@ -168,12 +168,12 @@ COURSES = {
         "gets off at the last stop",
     ),
     "Catching a fish": (
-        "rows out on the lake", "puts a worm on the hook", "throws the hook into the lake",
-        "pulls a fish out of the lake", "rows home with the fish",
+        "puts a worm on the hook", "throws the hook into the lake", "feels a pull on the hook",
+        "pulls a fish out of the lake", "walks home with the fish",
     ),
     "Going to bed": (
-        "brushes the teeth", "puts on night clothes", "lies down in bed", "turns off the lamp",
-        "sleeps until morning",
+        "puts on night clothes", "lies down in bed", "falls asleep", "sleeps until morning",
+        "gets up again",
     ),
     "Fixing a shirt": (
         "finds a hole in the shirt", "takes a needle", "sews up the hole", "cuts off the thread",

@@ -18,6 +18,8 @@ BEINGS = {w: {"man": "men", "woman": "women", "lady": "ladies", "child": "childr
 GOODS = {w: f"{w}es" if w[-1] in "xh" else f"{w}s" for _, found in ACTS for group in found for w in group}
 VERBS = dict(zip(words("carrying holding painting drawing watching cleaning washing fixing throwing tossing"),
                  words("carry hold paint draw watch clean wash fix throw toss"), strict=True))  # fmt: skip
+STUFF = words("stone rock rope cord")
+"""What needs no determiner: there is some of it."""
 SIZES = tuple(w for group in LOOKS for w in group)
 PLACES = tuple(map(words, ("in the garden", "in the yard", "in the street", "on the road", "near the lake")))
 OTHER = {"is": "are", "are": "is"}
@@ -71,8 +73,12 @@ def _missing(rng: random.Random, s: Words) -> Words:
     """Without a preposition, a noun of one thing or its determiner."""
 
     def needed(i: int) -> bool:
-        one = [w for tag, w in s[i:] if tag == "N"][:1]
-        return s[i][0] == "P" or (s[i][0] in "DN" and one[0] in {**BEINGS, **GOODS})
+        (tag, _), one = s[i], [w for tag, w in s[i:] if tag == "N"][:1]
+        if tag == "N" and s[i - 1][1] == "little":  # "is watching a little"
+            return False
+        if tag == "D" and one[0] in STUFF:  # "is carrying stone"
+            return False
+        return tag == "P" or (tag in "DN" and one[0] in {**BEINGS, **GOODS})
 
     i = rng.choice([i for i in range(len(s)) if needed(i)] or [len(s)])
     return [*s[:i], *s[i + 1 :]]
