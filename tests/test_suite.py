@@ -235,7 +235,7 @@ def test_a_split_that_the_generator_does_not_make(tmp_path, good) -> None:
     good["test_split"] = "dev"
     good["metadata"]["peftzoo"]["embedded"]["rows"] = "peftzoo.benchmarks.gsm8k.embedded:rows"
     task = suite.get(str(write(tmp_path, good)))
-    with pytest.raises(UserError, match="makes no split 'dev'; there are train"):
+    with pytest.raises(UserError, match="makes no split 'dev'; there are test"):
         data.load(task, "embedded")
 
 
