@@ -27,6 +27,8 @@ from tests.test_store import make
 
 FAST = {"steps": 6, "batch_size": 2}
 KILLS = 20
+PRELOAD = ["peftzoo.drive", "peftzoo.registry", "peftzoo.lm", "accelerate", "datasets", "lm_eval.evaluator",
+           "transformers.models.llama.modeling_llama", "transformers.generation.utils"]  # fmt: skip
 
 
 def requests(seeds) -> list[Request]:
@@ -39,7 +41,7 @@ def requests(seeds) -> list[Request]:
 def process(out: Path, wanted: list[Request], workers: int) -> multiprocessing.Process:
     """A sweep in a process of its own, made from one that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peftzoo.drive", "peftzoo.registry", "peftzoo.lm"])
+    context.set_forkserver_preload(PRELOAD)
     made = context.Process(target=sweep, args=(out, wanted, workers))
     made.start()
     return made
@@ -53,6 +55,7 @@ def sweep(out: Path, wanted: list[Request], workers: int) -> None:
 
     torch.set_num_threads(1)
     executor = Local(workers, [], lambda *_: None, start="fork")
+    executor.threads = 1
     drive = Drive(executor, out, lambda *_: None, lambda text: None)
     try:
         drive.do(wanted)
