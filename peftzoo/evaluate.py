@@ -51,6 +51,7 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name:
     from lm_eval.api.task import ConfigurableTask
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _sandbox()
     config = task.harness() | ({"task": name} if name else {})
     if task.output_type == "generate_until":
         kwargs = {"do_sample": False} | (config.get("generation_kwargs") or {})
@@ -60,6 +61,19 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name:
     if rows.shown is not None:
         found[task.fewshot_split] = rows.shown
     return ConfigurableTask(config=config | {"custom_dataset": lambda **_: found})
+
+
+def _sandbox() -> None:
+    """Templates in a task file name columns and filters; nothing else of Python is within their reach."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    if not isinstance(utils.env, ImmutableSandboxedEnvironment):
+        open_to_all, utils.env = utils.env, ImmutableSandboxedEnvironment(
+            loader=utils.env.loader, undefined=utils.env.undefined,
+            keep_trailing_newline=utils.env.keep_trailing_newline,
+        )  # fmt: skip
+        utils.env.filters |= open_to_all.filters
 
 
 def prompt_and_answer(lm_task: Any, row: dict[str, Any]) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from jinja2.sandbox import SecurityError
 from transformers import BertConfig, BertForSequenceClassification
 
 from peftzoo import batches, data, evaluate, models, suite
@@ -148,6 +149,14 @@ def test_decoding_is_greedy_whatever_the_model_says(embedded, monkeypatch) -> No
     torch.manual_seed(1)
     found = evaluate.language(embedded.model, embedded.tokenizer, lm_task, 3)
     assert found.outcomes == plain.outcomes and embedded.model.generation_config is wild
+
+
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target"])
+def test_a_template_reaches_nothing_of_python(key: str) -> None:
+    rows = few("gsm8k")
+    task = suite.get("gsm8k").model_copy(update={key: "{{ question.__class__.__base__.__subclasses__() }}"})
+    with pytest.raises(SecurityError, match="unsafe"):
+        evaluate.prompt_and_answer(evaluate.harness_task(task, rows), rows.test[0])
 
 
 def test_a_task_file_that_is_silent_about_sampling_is_greedy_too() -> None:
