@@ -305,7 +305,8 @@ def test_numbers_beyond_all_measure_stop_no_command(say, tmp_path, value: float)
 @pytest.mark.parametrize("value", [[1], {"a": 1}, 7, None])
 def test_a_device_or_source_of_another_type(value) -> None:
     data = {"source": value, "id": value, "files": value, "scored_rows": value}
-    written.markdown(board.tables([make(environment={"device": value}, data=data), make()]))
+    found = board.tables([make(environment={"device": value}, data=data), make()])
+    assert written.markdown(found).count("\n## ") == len(found) == 2
 
 
 def test_the_same_as_plain_json() -> None:

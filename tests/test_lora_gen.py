@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import peftzoo
-from peftzoo import UserError, cli, generate, models
+from peftzoo import UserError, cli, data, generate, models, suite
 from peftzoo.methods._experts import Router, imbalance, keep_top, mixed, mixed_products
 from peftzoo.plan import Plan, Request
 
 close = torch.testing.assert_close
 SMALL = {"n": 5, "k": 2, "r": 3, "hidden": 8, "cloud_r": 2}
+
+
+def test_a_generator_is_not_scored_on_what_it_is_trained_on() -> None:
+    task = suite.get("sst2")
+    rows = data.load(task, "embedded")
+    rows.test = rows.train.select(range(3))
+    with pytest.raises(UserError, match="3 of 3 scored rows"):
+        generate.overlaps([SimpleNamespace(task=task, rows=rows, seen=True)])
+    assert generate.overlaps([SimpleNamespace(task=task, rows=rows, seen=False)]) == {}
 
 
 @pytest.fixture(autouse=True)

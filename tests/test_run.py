@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftzoo import cli
+from peftzoo import cli, measure, models
 from peftzoo.files import read
 from peftzoo.plan import Request
 from peftzoo.run import run
@@ -38,6 +38,22 @@ def test_untouched_model_trains_nothing(tmp_path: Path, task: str) -> None:
     assert record.status == "ok", record.reason
     assert record.trainable_params == record.head_params == 0
     assert record.train_config["steps"] == 0 and record.final_loss is None
+
+
+@pytest.mark.parametrize(("task", "questions"), [("winogrande", 0), ("bbh-fewshot-navigate", 6)])
+def test_latency_is_that_of_the_first_rows_whole_prompt(tmp_path, monkeypatch, task, questions) -> None:
+    """Not of what a task's template alone says: an option's number, or a question without its examples."""
+    asked = []
+
+    def spy(model, ids, **_):
+        asked.append(ids[0].tolist())
+        return {"prompt_tokens": float(ids.shape[1])}
+
+    monkeypatch.setattr(measure, "generation_latency", spy)
+    record, _, _ = run(Request(method="none", task=task, limit=2, max_new_tokens=2), tmp_path)
+    assert record.status == "ok", record.reason
+    text = models.load("embedded").tokenizer.decode(asked[0])
+    assert text.count("Q:") == questions and len(asked[0]) > 5, text
 
 
 def test_existing_record_is_not_made_again(tmp_path: Path) -> None:

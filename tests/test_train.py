@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftzoo import checkpoint
+from peftzoo import checkpoint, measure
 from peftzoo.adapter import Adapter, Config, Part
 from peftzoo.attached import attach
 from peftzoo.batches import IGNORE, Example
@@ -293,6 +293,21 @@ class Editing(Running):
 
 class Stopped(Exception):
     pass
+
+
+def test_the_energy_of_a_resumed_run_is_not_known(base, tmp_path, monkeypatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(measure.Energy, "_read", lambda self: float(next(ticks)))
+    how = {"save_to": tmp_path / "state.safetensors", "save_every": 3}
+
+    def stop(step: int, *_) -> None:
+        if step == 5:
+            raise Stopped
+
+    assert loop(copy.deepcopy(base), "lora", steps=6).run().energy_joules > 0
+    with pytest.raises(Stopped):
+        loop(copy.deepcopy(base), "lora", {**how, "on_step": stop}, steps=6).run()
+    assert loop(copy.deepcopy(base), "lora", how, steps=6).run().energy_joules is None
 
 
 CASES = [
