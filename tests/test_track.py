@@ -33,11 +33,13 @@ def test_an_unknown_tracker_gets_the_nearest_name() -> None:
         track.tracker("wanb")
 
 
-def test_no_tracker_does_nothing() -> None:
+def test_no_tracker_does_nothing(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
     none = track.tracker("none")
     none.start("x", {})
     none.log(1, {"loss": 1.0})
     none.finish({})
+    assert capfd.readouterr() == ("", "") and not [*tmp_path.iterdir()]
 
 
 class Listening(track.Tracker):
