@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import cast, fusable
-from peftzoo.kernels_rebuilt import in_place
-from peftzoo.roles import norm_parameters
+from peftzoo.contract import Adapter, Config, Part, Site, Targets, norm_parameters
+from peftzoo.kernels import cast, fusable, in_place
 
 
 def total(x: Tensor) -> Tensor:

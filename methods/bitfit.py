@@ -16,8 +16,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from peftzoo.adapter import Adapter, Config
-from peftzoo.roles import find_sites
+from peftzoo.contract import Adapter, Config, find_sites
 
 
 class BitFit(Adapter):

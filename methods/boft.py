@@ -19,11 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.kernels import cast, scaled
-from peftzoo.kernels_rebuilt import recomputed
-from peftzoo.kernels_rotation import cayley, rotate_blocks
+from peftzoo.kernels import cast, cayley, recomputed, rotate_blocks, scaled
 
 
 def butterfly(x: Tensor, R: Tensor, i: int) -> Tensor:

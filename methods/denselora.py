@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Context, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Context, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.kernels import cast
-from peftzoo.kernels_rebuilt import in_place, recomputed
+from peftzoo.kernels import cast, in_place, recomputed
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "identity": lambda t: t}
 

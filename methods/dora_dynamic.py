@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.kernels import low_rank
 
 

@@ -7,7 +7,7 @@ Trained and saved: n per layer (RoBERTa-base q, v with n = 1000: 24,000).
 Paper: Gao et al., arXiv 2405.03003, with std = 1: a change of norm alpha sqrt(n / (2 out in)), harmless at
 width 768, larger than the weights of a narrow model. So the default here is 0, a start at the base, which is
 HF PEFT's `init_weights=True`. The paper's optional frequency bias is left out.
-Different: dW is not built, x is transformed instead (peftzoo/kernels_fourier.py). Narrow layers, where a
+Different: dW is not built, x is transformed instead (peftzoo/kernels/fourier.py). Narrow layers, where a
 dense product costs less than the transforms, rebuild dW in forward and in backward.
 """
 
@@ -19,11 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.kernels_fourier import Spectrum, spectral, spectrum
-from peftzoo.kernels_rebuilt import in_place, rebuilt
-from peftzoo.recent import Recent
+from peftzoo.kernels import ForwardCache, Spectrum, in_place, rebuilt, spectral, spectrum
 
 NARROW = 150
 """Below this harmonic mean of in/2 and out/2 the dense change is cheaper (measured on a CPU)."""
@@ -76,7 +74,7 @@ class FourierFT(Adapter):
 
     def prepare(self, sites: list[Site]) -> None:
         n, generator = self.config.n, torch.Generator()
-        self.recent, self.grids = Recent(), nn.ModuleDict()
+        self.recent, self.grids = ForwardCache(), nn.ModuleDict()
         for out, in_ in dict.fromkeys(s.shape for s in sites):
             if n > out * in_:
                 raise UserError(f'method "fourierft": n={n} exceeds the {out} x {in_} places: lower n')

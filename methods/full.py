@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from peftzoo.adapter import Adapter
+from peftzoo.contract import Adapter
 
 
 class Full(Adapter):

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import cast
-from peftzoo.kernels_rebuilt import exact
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import cast, exact
 
 
 class HRAPart(Part):

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import cast, fusable, low_rank
-from peftzoo.kernels_rebuilt import rebuilt
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import cast, fusable, low_rank, rebuilt
 
 
 def columns(A1: Tensor, A2: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels_kron import plus_kron
-from peftzoo.kernels_rebuilt import exact
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import exact, plus_kron
 
 
 def split(d: int, factor: int | None = None) -> tuple[int, int]:

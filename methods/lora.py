@@ -5,8 +5,9 @@
 A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0. Trained: r (in + out) per layer. B A is never formed while training.
 Papers: Hu et al., arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski, arXiv 2312.03732.
 
-`init` names other starts (`_starts.py`). The papers of pissa, olora and lora-ga leave W - s B0 A0 in the
-base; here the base is untouched and the adapter adds the difference, zero at the start in every precision:
+`init` names other starts (`peftzoo/models/low_rank_start.py`). The papers of pissa, olora and lora-ga leave
+W - s B0 A0 in the base; here the base is untouched and the adapter adds the difference, zero at the start in
+every precision:
     s (B A - B0 A0) = s (B (A - A0) + (B - B0) A0)        one pair of rank 2r
 A0 and B0 are saved with A and B.
 """
@@ -20,9 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.kernels import low_rank
-from peftzoo.methods import _starts
+from peftzoo.models import low_rank_start
 
 
 class LoRAPart(Part):
@@ -84,12 +85,12 @@ class LoRA(Adapter):
 
     @property
     def needs_data(self) -> bool:
-        return self.config.init in _starts.FROM_DATA
+        return self.config.init in low_rank_start.FROM_DATA
 
     def prepare(self, sites: list[Site]) -> None:
         c = self.config
         self.scale = c.alpha / (math.sqrt(c.r) if c.scaling == "rslora" else c.r)
-        self.ready = _starts.pairs(c, self.ctx, sites, self.scale)
+        self.ready = low_rank_start.pairs(c, self.ctx, sites, self.scale)
 
     def start(self, site: Site) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) before training."""
@@ -101,7 +102,7 @@ class LoRA(Adapter):
         return self.ctx.uniform(r, in_, bound=in_**-0.5, key=site.name), torch.zeros(out, r)
 
     def part(self, site: Site) -> Part:
-        return (SplitPart if self.config.init in _starts.SPLITS else LoRAPart)(site, self)
+        return (SplitPart if self.config.init in low_rank_start.SPLITS else LoRAPart)(site, self)
 
     def peft_config(self, sites: list[Site]) -> dict:
         c = self.config

@@ -12,8 +12,8 @@ r = 16, n = 8: 2,949,120), router h (c + n + 2) + n, <meta> c, LoRA of rank `clo
 Paper: Xiao et al., arXiv 2506.11638. It does not settle whether factors are mixed (`mix=factors`, as its
 formula reads) or products sum_j G_lj B_j A_j of rank k r (`mix=products`), nor the start: here A as in LoRA,
 B = 0, <meta> the mean of the vocabulary. Different: the cloud is by default the base itself, without parts;
-BatchNorm uses running statistics in training too (`_experts.py`); gates ignore autocast, so that the merged
-model has the same experts.
+BatchNorm uses running statistics in training too (`kernels/experts.py`); gates ignore autocast, so that the
+merged model has the same experts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import MODEL, Adapter, Config, Part, Site, Targets
+from peftzoo.contract import MODEL, Adapter, Config, Part, Site, Targets, find_sites
 from peftzoo.errors import UserError
-from peftzoo.kernels import low_rank
-from peftzoo.methods._cloud import SELF, Cloud
-from peftzoo.methods._experts import Router, imbalance, mixed, mixed_products
-from peftzoo.roles import find_sites
+from peftzoo.kernels import Router, imbalance, low_rank, mixed, mixed_products
+from peftzoo.models.text_reader import SELF, TextReader
 
 
 class Written(NamedTuple):
@@ -102,7 +100,8 @@ class LoRAGen(Adapter):
         for role, (out, in_) in shapes.items():
             self.A.append(self.ctx.uniform(c.n, c.r, in_, bound=in_**-0.5, key=f"experts/{role}"))
             self.B.append(torch.zeros(c.n, out, c.r))
-        self.cloud = Cloud(c.cloud, c.cloud_r, self.ctx)
+        lora = {"r": c.cloud_r, "alpha": c.cloud_r, "targets": "q,v"}
+        self.cloud = TextReader(c.cloud, self.ctx, "lora", **lora)
         self.router = Router(self.cloud.width, c.hidden, c.n, c.k, self.ctx)
         self.now, self.kept, self.runs, self.trained = None, {}, 0, list(self.parameters())
         self.describe(c.description)

@@ -18,9 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import low_rank
-from peftzoo.kernels_rebuilt import exact
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import exact, low_rank
 
 
 class LoRAMiniPart(Part):

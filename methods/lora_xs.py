@@ -17,9 +17,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.factors import check_rank, top_svd
-from peftzoo.kernels_frozen import frozen_core, rows_first
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import check_rank, frozen_core, rows_first, top_svd
 
 
 class LoRAXSPart(Part):

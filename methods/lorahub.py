@@ -27,11 +27,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.adapters import Adapters
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.given import Adapters
+from peftzoo.interop import lora_import
 from peftzoo.kernels import low_rank
-from peftzoo.methods import _library
+from peftzoo.methods.lora import LoRA
 
 SEARCH_SEED = 42
 HOPELESS = 1e9  # stands for a loss that is not finite
@@ -92,7 +93,7 @@ class LoraHub(Adapter):
             g = self.ctx.generator("members")
             drawn = torch.randperm(len(members), generator=g, device="cpu")[: self.config.size]
             chosen = [members[i] for i in sorted(drawn.tolist())]
-            return _library.stacked({str(m): _library.read(m.folder) for m in chosen})
+            return lora_import.stacked({str(m): lora_import.read(m.folder, LoRA) for m in chosen})
         cubes = {n.replace("/", "."): t for n, t in saved.items() if n.startswith("parts.") and t.ndim == 3}
         layers = [n[6:-2] for n in cubes if n.endswith(".A") and f"{n[:-1]}B" in cubes]
         return {n: (cubes[f"parts.{n}.A"], cubes[f"parts.{n}.B"]) for n in layers}

@@ -3,7 +3,7 @@
     h = x W^T + b      y = h + s (act(h M_down + b_down) M_up + b_up)      M_down (d, m), M_up (m, d)
 
 A train over factors k_1 ... k_d, their product d m, has sum R_(i-1) k_i R_i numbers
-(peftzoo/tensor_train.py). Trains start random with standard deviation 1/sqrt(d + m), biases uniform in
+(kernels/tensor_train.py). Trains start random with standard deviation 1/sqrt(d + m), biases uniform in
 1/sqrt(width), so the start is not the base. Trained: both trains, m + d biases, and with `norms` all
 normalisation layers, as published. RoBERTa-base with R = 5: 57,408 and 38,400. The paper also trains a
 tensor-train classifier (1,848); here a head is the engine's. Paper: Yang et al., arXiv 2402.11417; act =
@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import cast
-from peftzoo.roles import norm_parameters
-from peftzoo.tensor_train import TensorTrain, shape_of
+from peftzoo.contract import Adapter, Config, Part, Site, Targets, norm_parameters
+from peftzoo.kernels import TensorTrain, cast, shape_of
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu}
 

@@ -3,7 +3,7 @@
     y = x W^T + b + s (drop(x) M_A) M_B     M_A (in, r), M_B (r, out) tensor trains of rank R, s = alpha / r
 
 A train over factors k_1 ... k_d, their product in r, has sum R_(i-1) k_i R_i numbers
-(peftzoo/tensor_train.py); the factors are the paper's for its widths, else ours. Both trains start random,
+(kernels/tensor_train.py); the factors are the paper's for its widths, else ours. Both trains start random,
 an entry with standard deviation 1/sqrt(in + r) or 1/sqrt(r + out). As the paper says, the change at the
 start is then taken off again (`start=offset`: the start is the base, the rank up to 2 r); its code leaves it
 on (`random`). Trained: both trains, and with `norms` all normalisation layers, as published. RoBERTa-base q,
@@ -22,10 +22,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import low_rank
-from peftzoo.roles import norm_parameters
-from peftzoo.tensor_train import TensorTrain, shape_of
+from peftzoo.contract import Adapter, Config, Part, Site, Targets, norm_parameters
+from peftzoo.kernels import TensorTrain, low_rank, shape_of
 
 
 class LoRETTARepPart(Part):

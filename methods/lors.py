@@ -23,11 +23,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo import probe
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.factors import check_rank, top_svd
-from peftzoo.kernels_rebuilt import rebuilt
+from peftzoo.kernels import check_rank, rebuilt, top_svd
+from peftzoo.models import probe
 
 
 class LoRSPart(Part):

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.kernels import active, cast, fusable
-from peftzoo.kernels_rebuilt import in_place, rebuilt
+from peftzoo.kernels import active, cast, fusable, in_place, rebuilt
 
 
 def shard_sum(x: Tensor, r: int) -> Tensor:

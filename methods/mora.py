@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import cast
-from peftzoo.kernels_rebuilt import in_place
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import cast, in_place
 
 
 def fold(t: Tensor, R: int) -> Tensor:

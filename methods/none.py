@@ -8,7 +8,7 @@ Trained: 0.
 
 from __future__ import annotations
 
-from peftzoo.adapter import Adapter
+from peftzoo.contract import Adapter
 
 
 class Untouched(Adapter):

@@ -21,12 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.kernels import cast
-from peftzoo.kernels_rebuilt import remade
-from peftzoo.kernels_rotation import cayley, neumann, rotate_blocks
-from peftzoo.recent import Recent
+from peftzoo.kernels import ForwardCache, cast, cayley, neumann, remade, rotate_blocks
 
 
 class OFTPart(Part):
@@ -77,7 +74,7 @@ class OFT(Adapter):
         self.sizes = [1 if c.share else s.shape[1] // c.block for s in sites]
         self.number = {s.name: i for i, s in enumerate(sites)}
         self.q = nn.Parameter(torch.zeros(sum(self.sizes), c.block * (c.block - 1) // 2))
-        self.recent = Recent()
+        self.recent = ForwardCache()
 
     def part(self, site: Site) -> Part:
         return OFTPart(site, self, self.number[site.name])

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import ATTENTION, Adapter, Config, Part, Site, Targets
+from peftzoo.contract import ATTENTION, Adapter, Config, Part, Site, Targets
 
 
 class PrefixPart(Part):

@@ -24,10 +24,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.factors import check_rank, pivoted_qr, top_qr, top_svd
-from peftzoo.kernels import low_rank
-from peftzoo.kernels_frozen import frozen_core, rows_first
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import check_rank, frozen_core, low_rank, pivoted_qr, rows_first, top_qr, top_svd
 
 
 class DeltaRPart(Part):

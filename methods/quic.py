@@ -25,11 +25,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.kernels import cast, fusable
-from peftzoo.kernels_rebuilt import recomputed
-from peftzoo.kernels_rotation import cayley
+from peftzoo.kernels import cast, cayley, fusable, recomputed
 
 
 def expansion(n: int, k: int) -> tuple[Tensor, Tensor]:

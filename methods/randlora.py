@@ -22,9 +22,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import cast
-from peftzoo.kernels_rebuilt import exact, in_place, rebuilt
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import cast, exact, in_place, rebuilt
 
 
 def scaled(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:

@@ -21,9 +21,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import frozen_pair, low_rank
-from peftzoo.recent import Recent
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import ForwardCache, frozen_pair, low_rank
 
 INPUT = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 """Roles that read the same input."""
@@ -92,7 +91,7 @@ class TiedLoRA(Adapter):
         names = [self.groups(s) for s in sites]
         As, Bs = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
         self.number = {s.name: (As.index(a), Bs.index(b)) for s, (a, b) in zip(sites, names, strict=True)}
-        self.recent = Recent()
+        self.recent = ForwardCache()
         for i in range(len(As)):
             self.share("A", i, max(s.shape[1] for s in sites if self.number[s.name][0] == i))
         for i in range(len(Bs)):

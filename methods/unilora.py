@@ -11,7 +11,7 @@ Paper: Li et al., arXiv 2506.00799; its text puts B before A and draws idx indep
 Different: theta is scaled before the gather (d products, not D), one gather serves all layers of a forward
 pass, idx is int32, and the backward is a sum over presorted segments, deterministic on every device.
 `projection` has other maps to compare with: `local`, each layer with a share of theta of its own, and the
-dense maps `fastfood` and `gaussian` (peftzoo/projections.py), which keep the norm on average only.
+dense maps `fastfood` and `gaussian` (peftzoo/kernels/projections.py), which keep the norm on average only.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.kernels import low_rank
-from peftzoo.projections import DENSE, balanced, local
-from peftzoo.recent import Recent
+from peftzoo.kernels import DENSE, ForwardCache, balanced, local, low_rank
 
 
 class _Spread(torch.autograd.Function):
@@ -91,7 +89,7 @@ class UniLoRA(Adapter):
         if d > D:
             raise UserError(f'method "unilora": d={d} exceeds the D={D} entries of these layers: lower d')
         self.theta = nn.Parameter(self.ctx.uniform(d, bound=c.bound, key="theta"))
-        self.recent, self.dense = Recent(), None
+        self.recent, self.dense = ForwardCache(), None
         if c.projection in DENSE:
             self.dense = DENSE[c.projection](self.ctx, D, d)
         elif c.projection == "local":

@@ -23,11 +23,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.errors import UserError
-from peftzoo.kernels import low_rank
-from peftzoo.kernels_rebuilt import exact
-from peftzoo.recent import Recent
+from peftzoo.kernels import ForwardCache, exact, low_rank
 
 
 def choice(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +103,7 @@ class VBLoRA(Adapter):
         self.number = {s.name: i for i, s in enumerate(sites)}
         self.bank = nn.Parameter(self.ctx.uniform(c.h, b, bound=c.bound, key="bank"))
         self.logits = nn.Parameter(self.ctx.normal(sum(self.sizes), c.h, std=c.std, key="logits"))
-        self.recent = Recent()
+        self.recent = ForwardCache()
 
     def pieces(self, number: int) -> tuple[Tensor, Tensor]:
         """The pieces of one layer's A and B; mixed anew when the first layer asks or the logits changed."""

@@ -18,9 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
-from peftzoo.kernels import frozen_pair
-from peftzoo.recent import Recent
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
+from peftzoo.kernels import ForwardCache, frozen_pair
 
 
 class VeRAPart(Part):
@@ -70,7 +69,7 @@ class VeRA(Adapter):
             for M in (A, B):
                 bound = (6 / M.shape[1]) ** 0.5
                 M.uniform_(-bound, bound, generator=generator)
-        self.recent = Recent()
+        self.recent = ForwardCache()
         self.register_buffer("A", A, persistent=False)
         self.register_buffer("B", B, persistent=False)
 

@@ -40,7 +40,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The file with the longest tests comes first, so that no worker waits for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_sweep_faults.py")
+    items.sort(key=lambda item: item.path.parent.name != "sweeps")
 
 
 @pytest.fixture

@@ -82,9 +82,9 @@ def test_command(words: list[str], folder: Path) -> None:
             pytest.skip("no data mirror beside the project")
         words[words.index("FOLDER")] = str(MIRROR)
     for alias in ("minilm", "smollm2-135m"):
-        from peftzoo import fetch
+        from peftzoo.models import catalogue
 
-        if alias in words and not fetch.intact(fetch.folder(alias)):
+        if alias in words and not catalogue.intact(catalogue.folder(alias)):
             pytest.skip(f"{alias} is not on this machine")
     if "--plugin" in words and not (folder / words[-1]).exists():  # the line before it in the README
         call(folder, "new-method", words[1])

@@ -16,11 +16,11 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
+from peftzoo.adapters import write_atomically
 from peftzoo.errors import UserError
-from peftzoo.files import write_atomically
-from peftzoo.plan import Plan, Request
-from peftzoo.run import run
-from peftzoo.store import Record
+from peftzoo.records.schema import Record
+from peftzoo.runs.plan import Plan, Request
+from peftzoo.runs.run import run
 
 LIBRARY = (
     "gsm8k", "sst2", "bbh-navigate", "bbh-multistep_arithmetic_two", "bbh-word_sorting", "bbh-dyck_languages",

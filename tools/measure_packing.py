@@ -14,12 +14,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from peftzoo import data, evaluate, models, packed_lm, profile, suite
-from peftzoo.attached import attach
-from peftzoo.batches import Example
-from peftzoo.pack import Pack
-from peftzoo.packed import PackLoop
-from peftzoo.train import Loop, TrainConfig
+from peftzoo import models
+from peftzoo.adapters import attach
+from peftzoo.measuring import step_profile
+from peftzoo.runs import _pack_scoring
+from peftzoo.runs._pack_loop import PackLoop
+from peftzoo.runs._packed_adapter import Pack
+from peftzoo.scoring import evaluation
+from peftzoo.tasks import sources, task_files
+from peftzoo.training.batches import Example
+from peftzoo.training.config import TrainConfig
+from peftzoo.training.loop import Loop
 
 METHODS = ("lora", "dora", "vera", "unilora", "ia3", "lora-xs", "melora", "loha")
 STEPS = 4
@@ -58,18 +63,18 @@ def together(made: list[Loop]) -> float:
 
 def scoring(names: tuple[str, ...], task_name: str, rows: int) -> dict[str, list[float]]:
     """Seconds of scoring these methods on the embedded model, one after another and in shared batches."""
-    loaded, task = models.load("embedded"), suite.get(task_name)
-    found = data.load(task, "embedded", None, trains=False)
+    loaded, task = models.load("embedded"), task_files.get(task_name)
+    found = sources.load(task, "embedded", None, trains=False)
     found.test = found.test.select(range(rows))
     members = [attach(loaded.model, name, seed=i, install=False) for i, name in enumerate(names)]
-    lm_task, seconds = evaluate.harness_task(task, found), {"alone": [], "pack": []}
+    lm_task, seconds = evaluation.harness_task(task, found), {"alone": [], "pack": []}
     for _ in range(ROUNDS_OF_SCORING):
         begin = time.perf_counter()
         for member in members:
             with member.on():
-                evaluate.language(loaded.model.eval(), loaded.tokenizer, lm_task, rows)
+                evaluation.language(loaded.model.eval(), loaded.tokenizer, lm_task, rows)
         middle = time.perf_counter()
-        packed_lm.scores(
+        _pack_scoring.scores(
             Pack(members), [*range(len(members))], loaded.model, loaded.tokenizer, task, found, rows
         )
         seconds["alone"].append(middle - begin)
@@ -82,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-    model = profile.small_llama().to(accelerator.device)
+    model = step_profile.small_llama().to(accelerator.device)
     base = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     lines = [
@@ -117,7 +122,8 @@ def main() -> None:
             alone, pack = (statistics.median(seconds[k]) for k in ("alone", "pack"))
             lines.append(f"| {count} | {name} | {alone:.2f} | {pack:.2f} | {alone / pack:.2f} |")
     lines += [
-        "", "Each run in a pack has the losses that it has alone (tests/test_pack.py). Copies saved: against "
+        "", "Each run in a pack has the losses that it has alone (tests/runs/test_packs.py). Copies saved: "
+        "against "
         "as many processes side by side, each with a base of its own.",
     ]  # fmt: skip
     out = Path("results/packing.md")

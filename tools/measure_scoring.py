@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 
-from peftzoo import data, evaluate, models, suite
-from peftzoo.lm import LanguageModel
+from peftzoo import models
+from peftzoo.scoring import evaluation
+from peftzoo.scoring.language_model import LanguageModel
+from peftzoo.tasks import sources, task_files
 
 BATCH, NEW_TOKENS, ROUNDS = 16, 128, 3
 
 
 def requests(name: str, mirror: Path, rows: int) -> list[Any]:
     """lm-eval's requests for the first rows of a task."""
-    task = suite.get(name)
-    found = data.load(task, "mirror", mirror, trains=False)
+    task = task_files.get(name)
+    found = sources.load(task, "mirror", mirror, trains=False)
     found.test = found.test.select(range(rows))
-    lm_task = evaluate.harness_task(task, found, NEW_TOKENS)
+    lm_task = evaluation.harness_task(task, found, NEW_TOKENS)
     lm_task.build_all_requests(limit=None, rank=0, world_size=1)
     return lm_task.instances
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -23,7 +23,7 @@ def bench(
     seeds: str = typer.Option("0", "--seeds", "--seed", help="Seeds, with commas."),
     protocol: str = typer.Option(None, help="Another protocol of the task (peftzoo show TASK)."),
     preset: str = typer.Option(None, help="A published setting of the method (peftzoo show METHOD)."),
-    set_: list[str] = show.SET,
+    set_: list[str] = output.SET,
     steps: int = typer.Option(None, help="Optimiser steps (default: the task's)."),
     epochs: float = typer.Option(None, help="Passes over the training rows, instead of steps."),
     batch_size: int = typer.Option(None, help="Rows per step (default: the task's)."),
@@ -53,18 +53,18 @@ def bench(
     ),
     track: str = typer.Option("none", help="wandb, trackio, or none."),
     trust_remote_code: bool = typer.Option(False, help="Allow code that comes with a model."),
-    plugin: list[str] = show.PLUGIN,
-    json: bool = show.JSON,
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
 ) -> None:
     """Train and score each method on each task, write a record per run."""
-    from peftzoo import suite
+    from peftzoo.contract.registry import methods
     from peftzoo.errors import UserError
-    from peftzoo.packing import parse
-    from peftzoo.plan import Request, check
-    from peftzoo.registry import methods
-    from peftzoo.track import tracker
+    from peftzoo.runs.packs import parse
+    from peftzoo.runs.plan import Request, check
+    from peftzoo.runs.trackers import tracker
+    from peftzoo.tasks import task_files
 
-    show.load_plugins(plugin)
+    output.load_plugins(plugin)
     if epochs is not None and steps is not None:
         raise UserError(f"--epochs {epochs:g} and --steps {steps} say the same: keep one of them")
     train = {
@@ -85,21 +85,21 @@ def bench(
         raise UserError("--score-together and --score-apart are for packs: add --pack N")
     if size != 1 and track != "none":
         raise UserError("--pack and --track: the curves of a pack are not sent; leave one of them out")
-    named = show.names(task, suite.tasks(), "task")
-    groups = {name: tuple(suite.expand([name])) for name in named if suite.expand([name]) != [name]}
-    chosen = show.names(method, methods(), "method")
-    given = show.parse_set(set_, chosen)
+    named = output.names(task, task_files.tasks(), "task")
+    groups = {name: tuple(task_files.expand([name])) for name in named if task_files.expand([name]) != [name]}
+    chosen = output.names(method, methods(), "method")
+    given = output.parse_set(set_, chosen)
     requests = [
         Request(method=m, task=t, seed=s, options=given[m], **common)
-        for t in suite.expand(named)
+        for t in task_files.expand(named)
         for m in chosen
         for s in _seeds(seeds)
     ]
     with redirect_stdout(sys.stderr):
-        show.folder(out)
+        output.folder(out)
         requests, notes = check(requests, skip="all" in (method, task) or bool(groups))
         for note in notes:
-            show.note(note)
+            output.note(note)
         if size == 1:
             done = _all(requests, out, force, track)
         else:
@@ -141,8 +141,8 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from peftzoo.run import run
-    from peftzoo.track import tracker
+    from peftzoo.runs.run import run
+    from peftzoo.runs.trackers import tracker
 
     done = []
     console = Console(stderr=True)
@@ -168,7 +168,7 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
             word = record.status if new else "on record (--force runs it again)"
             bar.update(line, description=f"{title}: {word}", completed=1, total=1, values=short(record))
             if bar.disable and _is_main_process():  # a log file gets a line per run
-                show.note(f"{title}: {word}, {short(record)}")
+                output.note(f"{title}: {word}, {short(record)}")
             done.append((record, path, new))
     return done
 
@@ -178,7 +178,7 @@ def _packs(requests: list[Any], out: Path, how: dict[str, Any]) -> list[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from peftzoo.packing import run_packs
+    from peftzoo.runs.packs import run_packs
 
     by_task: dict[str, list[Any]] = {}
     for request in requests:
@@ -199,12 +199,12 @@ def _packs(requests: list[Any], out: Path, how: dict[str, Any]) -> list[Any]:
                 words += f" {values['runs']:.0f} at once" if "runs" in values else ""
                 bar.update(line, description=f"{title}: {words}", completed=step, total=total)
 
-            found = run_packs(members, out, progress=follow, note=show.note, **how)
+            found = run_packs(members, out, progress=follow, note=output.note, **how)
             bar.update(line, description=f"{title}: done", completed=1, total=1)
             for record, _, new in found:
                 word = record.status if new else "on record (--force runs it again)"
                 shared = f", in a pack of {record.packed['runs']}" if record.packed else ""
-                show.note(f"{record.name}: {word}{shared}, {short(record)}")
+                output.note(f"{record.name}: {word}{shared}, {short(record)}")
             done += found
     return done
 
@@ -213,13 +213,13 @@ def short(record: Any) -> str:
     """A run's score, or why it has none."""
     if record.result is None:
         return record.reason or ""
-    return f"{record.result.metric} {show.number(record.result.value)}"
+    return f"{record.result.metric} {output.number(record.result.value)}"
 
 
 def report(done: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> None:
     """A table per task of (record, file, new), or all records as JSON."""
     if json:
-        show.as_json([record.model_dump(mode="json") for record, _, _ in done])
+        output.as_json([record.model_dump(mode="json") for record, _, _ in done])
         return
     by_task: dict[str, list[Any]] = {}
     for record, _, _ in done:
@@ -228,7 +228,7 @@ def report(done: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> N
         first = records[0]
         about = f"{first.data['scored_rows']} rows, {first.data['source']} data, {first.protocol}"
         title = f"{task} on {first.model}: {about}"
-        show.table(title, COLUMNS, [_row(r) for r in records], right=COLUMNS[2:])
+        output.table(title, COLUMNS, [_row(r) for r in records], right=COLUMNS[2:])
     for name, members in groups.items():
         _average(name, members, [record for record, _, _ in done])
     for record, path, _ in done:
@@ -236,14 +236,14 @@ def report(done: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> N
 
 
 def _average(name: str, members: tuple[str, ...], records: list[Any]) -> None:
-    from peftzoo import board
+    from peftzoo.boards import tables
 
     rows = [
-        [r["method"], r["seed"], f"{r['tasks']} of {len(members)}", r["metric"], show.number(r["score"])]
-        for r in board.averages(records, members)
+        [r["method"], r["seed"], f"{r['tasks']} of {len(members)}", r["metric"], output.number(r["score"])]
+        for r in tables.averages(records, members)
     ]
     columns = ("method", "seed", "tasks", "metric", "mean")
-    show.table(f"{name}: mean over its tasks", columns, rows, right=("tasks", "mean"))
+    output.table(f"{name}: mean over its tasks", columns, rows, right=("tasks", "mean"))
 
 
 COLUMNS = (
@@ -263,14 +263,14 @@ COLUMNS = (
 
 def _row(r: Any) -> list[Any]:
     def score(s: Any) -> str:
-        return show.number(s.value if s else None)
+        return output.number(s.value if s else None)
 
     memory = r.memory.get("computed_total")
     return [
         r.method, r.seed, f"{r.result.metric} {score(r.result)}" if r.result else r.status,
-        show.number(r.result.stderr) if r.result else "", score(r.score) if r.merged_score else "",
-        show.number(r.result.unparsed, 2) if r.result else "", show.count(r.trainable_params),
-        show.number(r.step_time.get("median_ms"), 1), show.number(r.tokens_per_second, 0),
-        show.number(memory / 2**20 if memory else None, 0),
-        show.number(r.latency.get("token_ms", r.latency.get("forward_ms")), 2),
+        output.number(r.result.stderr) if r.result else "", score(r.score) if r.merged_score else "",
+        output.number(r.result.unparsed, 2) if r.result else "", output.count(r.trainable_params),
+        output.number(r.step_time.get("median_ms"), 1), output.number(r.tokens_per_second, 0),
+        output.number(memory / 2**20 if memory else None, 0),
+        output.number(r.latency.get("token_ms", r.latency.get("forward_ms")), 2),
     ]  # fmt: skip

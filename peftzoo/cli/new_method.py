@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -16,13 +16,13 @@ def add(app: typer.Typer) -> None:
 def new_method(
     name: str = typer.Argument(..., help="Lower-case letters, digits, hyphens."),
     out: Path = typer.Option(Path("methods"), help="Folder for the file."),
-    json: bool = show.JSON,
+    json: bool = output.JSON,
 ) -> None:
     """Write one plugin file that passes the checks, to be edited into your method."""
-    from peftzoo.scaffold import new_method as write
+    from peftzoo.contract.scaffold import new_method as write
 
     path = write(name, out)
     if json:
-        show.as_json({"name": name, "status": "ok", "file": str(path)})
+        output.as_json({"name": name, "status": "ok", "file": str(path)})
     else:
         print(f"wrote {path}\nNext: peftzoo check {name} --plugin {path}")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.adapters import write_atomically
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -19,25 +20,26 @@ def params(
         "embedded", help="A published shape, an alias, or a folder (peftzoo list models)."
     ),
     preset: str = typer.Option(None, help="A published setting of the method (peftzoo show METHOD)."),
-    set_: list[str] = show.SET,
+    set_: list[str] = output.SET,
     published: bool = typer.Option(False, help="The counts that publications print, beside ours."),
     out: Path = typer.Option(None, help="With --published: write the table to this Markdown file."),
-    plugin: list[str] = show.PLUGIN,
-    json: bool = show.JSON,
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
 ) -> None:
     """Count trainable parameters exactly; no weights are loaded."""
-    from peftzoo import models, registry
-    from peftzoo.attached import attach, configure
+    from peftzoo import models
+    from peftzoo.adapters import attach, configure
+    from peftzoo.contract import registry
     from peftzoo.errors import UserError
-    from peftzoo.published import NONE, get
+    from peftzoo.records.published import NONE, get
 
-    show.load_plugins(plugin)
-    chosen = show.names(method, registry.methods(), "method")
+    output.load_plugins(plugin)
+    chosen = output.names(method, registry.methods(), "method")
     if published:
         return _published(chosen, out, json)
     if out is not None:
         raise UserError(f'--out "{out}" is for the table of --published')
-    rows, given = [], show.parse_set(set_, chosen)
+    rows, given = [], output.parse_set(set_, chosen)
     for name in chosen:
         cls = registry.get(name)
         options = (get(cls, preset) if preset else NONE).options | given[name]
@@ -52,38 +54,37 @@ def params(
             "sites": len(attached.sites), "config": adapter.config.model_dump(mode="json"),
         })  # fmt: skip
     if json:
-        show.as_json(rows)
+        output.as_json(rows)
         return
     shown = [
-        [r["method"], show.count(r["trainable_params"]),
+        [r["method"], output.count(r["trainable_params"]),
          f"{100 * r['trainable_params'] / r['base_params']:.4f} %",
-         show.count(r["stored_params"]), r["sites"],
+         output.count(r["stored_params"]), r["sites"],
          ", ".join(f"{k}={_plain(v)}" for k, v in r["config"].items())]
         for r in rows
     ]  # fmt: skip
     title = f"{model}: {rows[0]['base_params']:,} parameters"
-    show.table(title, ("method", "trained", "of base", "stored", "sites", "options"), shown,
+    output.table(title, ("method", "trained", "of base", "stored", "sites", "options"), shown,
                right=("trained", "of base", "stored", "sites"))  # fmt: skip
 
 
 def _published(methods: list[str], out: Path | None, json: bool) -> None:
-    from peftzoo import files
-    from peftzoo.published import counts, markdown
+    from peftzoo.records.published import counts, markdown
 
     rows = counts(methods)
     if out is not None:
-        files.write_atomically(out, markdown(rows).encode())
-        show.note(f"{len(rows)} counts: {out}")
+        write_atomically(out, markdown(rows).encode())
+        output.note(f"{len(rows)} counts: {out}")
     if json:
-        show.as_json(rows)
+        output.as_json(rows)
     elif out is None:
         columns = ("method", "preset", "model", "printed", "here", "")
         shown = [
-            [r["method"], r["preset"], r["model"], r["printed"], show.count(r["trainable_params"]),
+            [r["method"], r["preset"], r["model"], r["printed"], output.count(r["trainable_params"]),
              "equal" if r["agrees"] else f"differs: {r['reason'] or 'no reason known'}"]
             for r in rows
         ]  # fmt: skip
-        show.table(f"{len(rows)} published counts", columns, shown, right=("printed", "here"))
+        output.table(f"{len(rows)} published counts", columns, shown, right=("printed", "here"))
 
 
 def _plain(value: object) -> object:

@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.adapters import write_atomically
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -25,10 +26,10 @@ def profile(
     model: str = typer.Option(None, help="A language model by name (default: an 8-layer Llama, 576 wide)."),
     batch_size: int = typer.Option(4, min=1, help="Rows per step."),
     length: int = typer.Option(128, min=2, help="Tokens per row."),
-    set_: list[str] = show.SET,
+    set_: list[str] = output.SET,
     out: Path = typer.Option(None, help="Write the table to this Markdown file too."),
-    plugin: list[str] = show.PLUGIN,
-    json: bool = show.JSON,
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
 ) -> None:
     """Measure training steps as ratios to the frozen model's forward and backward pass.
 
@@ -37,13 +38,13 @@ def profile(
     """
     from rich.console import Console
 
-    from peftzoo import files, registry
-    from peftzoo import profile as engine
+    from peftzoo.contract import registry
     from peftzoo.errors import UserError
+    from peftzoo.measuring import step_profile as engine
 
-    show.load_plugins(plugin)
-    chosen = show.names(method, registry.methods(), "method")
-    given = show.parse_set(set_, chosen)
+    output.load_plugins(plugin)
+    chosen = output.names(method, registry.methods(), "method")
+    given = output.parse_set(set_, chosen)
     options: dict[str, dict[str, str]] = {}
     for name in chosen:
         try:
@@ -51,7 +52,7 @@ def profile(
         except UserError as error:
             if method != "all":
                 raise
-            show.note(f"skipped: {error}")
+            output.note(f"skipped: {error}")
     chosen, rows = list(options), []
     with redirect_stdout(sys.stderr), Console(stderr=True).status("") as status:
         for number, name in enumerate(chosen, 1):
@@ -61,12 +62,10 @@ def profile(
                 batch_size=batch_size, length=length,
             )  # fmt: skip
     if out is not None:
-        files.write_atomically(
-            out, engine.page(rows, _command(), _about(rounds, batch_size, length)).encode()
-        )
-        show.note(f"wrote {out}")
+        write_atomically(out, engine.page(rows, _command(), _about(rounds, batch_size, length)).encode())
+        output.note(f"wrote {out}")
     if json:
-        show.as_json(rows)
+        output.as_json(rows)
     else:
         _print(rows, against)
     if any(r["status"] != "ok" for r in rows):
@@ -78,7 +77,7 @@ def _command() -> str:
 
 
 def _about(rounds: int, batch_size: int, length: int) -> str:
-    from peftzoo.measure import environment
+    from peftzoo.measuring.counters import environment
 
     env = environment()
     versions = ", ".join(
@@ -97,10 +96,10 @@ def _options(cls: type, given: dict[str, str]) -> dict[str, str]:
     """
     import torch
 
-    from peftzoo.adapter import LINEAR
-    from peftzoo.attached import attach, configure
+    from peftzoo.adapters import attach, configure
+    from peftzoo.contract import LINEAR
     from peftzoo.errors import UserError
-    from peftzoo.profile import small_llama
+    from peftzoo.measuring.step_profile import small_llama
 
     with torch.device("meta"):
         bare = small_llama()
@@ -133,11 +132,12 @@ def _print(rows: list[dict[str, Any]], against: str | None) -> None:
     columns = ["method", "trained", "step ms", "step / floor", "saved MiB", "floor saves"]
     columns += ["PEFT step / floor", "PEFT saved MiB"] if against else []
     shown = [
-        [r["name"], show.count(r["trainable_params"]), show.number(r["step_ms"], 1),
-         show.number(r["floor_ratio"], 2) or r["reason"], show.number(r["saved_mib"], 0),
-         show.number(r["floor_saved_mib"], 0)]
-        + ([show.number(r["peft_floor_ratio"], 2), show.number(r["peft_saved_mib"], 0)] if against else [])
+        [r["name"], output.count(r["trainable_params"]), output.number(r["step_ms"], 1),
+         output.number(r["floor_ratio"], 2) or r["reason"], output.number(r["saved_mib"], 0),
+         output.number(r["floor_saved_mib"], 0)]
+        + ([output.number(r["peft_floor_ratio"], 2), output.number(r["peft_saved_mib"], 0)]
+           if against else [])
         for r in rows
     ]  # fmt: skip
     title = "Training step as a ratio to the frozen-model floor, and memory kept for backward"
-    show.table(title, columns, shown, right=columns[1:])
+    output.table(title, columns, shown, right=columns[1:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -22,15 +22,16 @@ def recommend(
     ),
     results: Path = typer.Option(Path("results"), help="Folder of records."),
     top: int = typer.Option(5, min=1, help="Rows of each table to show."),
-    json: bool = show.JSON,
+    json: bool = output.JSON,
 ) -> None:
     """Name the measured methods that fit a budget.
 
     Best mean first, with what is missing; nothing is extrapolated.
     """
-    from peftzoo import recommend as engine
-    from peftzoo import store, written
+    from peftzoo.boards import formats
+    from peftzoo.boards import recommend as engine
     from peftzoo.errors import UserError
+    from peftzoo.records import store
     from peftzoo.units import amount
 
     limits = [
@@ -42,7 +43,7 @@ def recommend(
     records = []
     for found in store.read_all(results):
         if isinstance(found, UserError):
-            show.note(f"skipped: {found}")
+            output.note(f"skipped: {found}")
         else:
             records.append(found)
     if not records:
@@ -51,23 +52,23 @@ def recommend(
         )
     advice = engine.recommend(records, model, task_like, *limits)
     if json:
-        show.as_json({
-            "tables": written.as_rows(advice.tables), "beyond_budget": advice.beyond,
+        output.as_json({
+            "tables": formats.as_rows(advice.tables), "beyond_budget": advice.beyond,
             "unknown_cost": advice.unknown, "missing": advice.missing,
         })  # fmt: skip
         return
     columns = ("rank", "method", "score", "+-95 %", "seeds", "trained", "memory MiB", "step ms", "options")
     for facts, table in advice.tables:
         rows = [
-            [r["rank"], r["method"], show.number(r["score"]), show.number(_known(r["ci95"])), r["seeds"],
-             show.count(None if _known(r["trained"]) is None else int(r["trained"])),
-             show.number(_known(r["memory_mib"]), 0), show.number(_known(r["step_ms"]), 1), r["options"]]
+            [r["rank"], r["method"], output.number(r["score"]), output.number(_known(r["ci95"])), r["seeds"],
+             output.count(None if _known(r["trained"]) is None else int(r["trained"])),
+             output.number(_known(r["memory_mib"]), 0), output.number(_known(r["step_ms"]), 1), r["options"]]
             for r in table.head(top).to_dict("records")
         ]  # fmt: skip
         title = (
-            f"{written.title(facts)}: {facts['metric']}\n{written.conditions(facts)}\n{written.device(facts)}"
+            f"{formats.title(facts)}: {facts['metric']}\n{formats.conditions(facts)}\n{formats.device(facts)}"
         )
-        show.table(title, columns, rows, right=("rank", *columns[2:-1]))
+        output.table(title, columns, rows, right=("rank", *columns[2:-1]))
     if not advice.tables:
         print("No measured row is within this budget.")
     print(f"Beyond the budget: {advice.beyond} rows; cost not on record: {advice.unknown} rows.")

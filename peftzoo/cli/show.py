@@ -1,122 +1,98 @@
-"""What commands print: a table for a person, or one JSON document for a program."""
+"""`peftzoo show`: one method or one task."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Iterable
-from pathlib import Path
+import inspect
 from typing import Any
 
 import typer
 
-JSON = typer.Option(False, "--json", help="One JSON document on standard output, nothing else.")
-SET = typer.Option(
-    [],
-    "--set",
-    metavar="KEY=VALUE",
-    help="Method option, or METHOD.KEY=VALUE for one of several; repeatable.",
-)
-PLUGIN = typer.Option([], "--plugin", metavar="FILE", help="Load a method from a file (runs its code).")
+from peftzoo.cli import output
 
 
-def as_json(document: Any) -> None:
-    print(json.dumps(document, indent=1, allow_nan=False))
+def add(app: typer.Typer) -> None:
+    app.command(epilog="Example: peftzoo show unilora")(show)
 
 
-def table(
-    title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[str] = ()
-) -> None:
-    """A table on standard output; numbers in the `right` columns are right-aligned."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def show(name: str = typer.Argument(..., help="A method or a task."), json: bool = output.JSON,
+          plugin: list[str] = output.PLUGIN) -> None:  # fmt: skip
+    """Show one method (equation, paper, options) or one task (prompt, metric, settings)."""
+    from peftzoo.contract import registry
+    from peftzoo.errors import unknown
+    from peftzoo.tasks import task_files
 
-    columns = list(columns)
-    out = Table(
-        title=Text(_plain(title), "bold"),
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
+    output.load_plugins(plugin)
+    if name in registry.methods() or ":" in name:
+        _show_method(name, json)
+    elif name in task_files.groups():
+        _show_group(name, task_files.groups()[name], json)
+    elif name in task_files.tasks() or name.endswith((".yaml", ".yml")):
+        _show_task(name, json)
+    else:
+        known = [*registry.methods(), *task_files.groups(), *task_files.tasks()]
+        raise unknown("name", name, known, see="peftzoo list methods")
+
+
+def _show_method(name: str, json: bool) -> None:
+    from peftzoo.contract import registry
+    from peftzoo.records import published
+
+    cls = registry.get(name)
+    text = cls.card or inspect.getdoc(inspect.getmodule(cls)) or ""
+    options = [
+        {"option": k, "default": _plain(f.get_default(call_default_factory=True)), "meaning": f.description}
+        for k, f in cls.Config.model_fields.items()
+    ]
+    presets = published.presets(cls)
+    if json:
+        facts = {
+            k: getattr(cls, k) for k in ("name", "title", "paper", "family", "peft", "lr", "identity_at_init")
+        }
+        output.as_json({**facts, "mergeable": bool(cls.mergeable), "card": text, "options": options,
+                      "presets": {k: p.model_dump(mode="json") for k, p in presets.items()}})  # fmt: skip
+        return
+    print(f"{name}: {cls.title}\n\n{text}\n")
+    if options:
+        output.table("Options (--set KEY=VALUE)", options[0], [o.values() for o in options])
+    if presets:
+        rows = [(k, _pairs(p.options), _pairs(p.train), p.source) for k, p in presets.items()]
+        output.table("Published settings (--preset NAME)", ("preset", "options", "training", "source"), rows)
+    print(f"Learning rate: {cls.lr:g} by default.\n\nTry: peftzoo bench --method {name} --task gsm8k")
+
+
+def _pairs(given: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={_plain(v)}" for k, v in given.items())
+
+
+def _plain(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _show_group(name: str, members: tuple[str, ...], json: bool) -> None:
+    from peftzoo.tasks import task_files
+
+    about = (
+        task_files.course(name).about.model_dump(mode="json") if task_files.expand([name]) == [name] else {}
     )
-    for i, c in enumerate(columns):  # the first holds names, which are copied
-        out.add_column(c, justify="right" if c in set(right) else "left", overflow="fold", no_wrap=i == 0)
-    for row in rows:
-        out.add_row(*(Text("" if cell is None else _plain(str(cell))) for cell in row))
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False).print(out)
+    if json:
+        output.as_json({"group": name, "tasks": list(members), **about})
+        return
+    how = "trained together, one model for all" if about else "run one by one"
+    print(f"{name}: {len(members)} tasks, {how}\n\n" + "\n".join(members))
+    if rows := [(k, v) for k, v in about.items() if v not in (None, "", [], {})]:
+        output.table("Together", ("key", "value"), rows)
+    print(f"\nTry: peftzoo bench --method lora --task {name}")
 
 
-def note(text: str) -> None:
-    """A line for the person at the terminal, on standard error."""
-    print(_plain(text), file=sys.stderr)
+def _show_task(name: str, json: bool) -> None:
+    from peftzoo.tasks import task_files
 
-
-def _plain(text: str) -> str:
-    """Without characters that steer a terminal: the text may come from a file."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-
-
-def count(n: int | None) -> str:
-    return "" if n is None else f"{n:,}"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def parse_set(pairs: list[str], chosen: Iterable[str] = ()) -> dict[str, dict[str, str]]:
-    """Options per chosen method: `["r=4", "lora.r=8"]`, `["lora", "dora"]` -> `{"lora": {"r": "8"}, ...}`."""
-    from peftzoo.errors import UserError, unknown
-
-    found: dict[str, dict[str, str]] = {method: {} for method in chosen}
-    own = []
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UserError(f'--set "{pair}": write KEY=VALUE, for example --set r=4')
-        method, dot, option = key.strip().rpartition(".")
-        if dot:
-            own.append((method, option, value.strip()))
-            continue
-        for options in found.values():
-            options[key.strip()] = value.strip()
-    for method, option, value in own:  # after those for all
-        if method not in found:
-            raise unknown(f'method in --set "{method}.{option}={value}"', method, found)
-        found[method][option] = value
-    return found
-
-
-def names(text: str, known: Iterable[str], what: str) -> list[str]:
-    """A comma list; `all` means every known name."""
-    from peftzoo.errors import UserError
-
-    if text == "all":
-        return sorted(known)
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
-        raise UserError(f"--{what} is empty: name one, several with commas, or all")
-    return found
-
-
-def folder(path: Path, option: str = "--out") -> None:
-    """Make the folder that an option names. Raises `UserError` where nothing can be written there."""
-    from peftzoo.errors import UserError
-
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{option} "{path}": {error.strerror}') from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f'{option} "{path}": it may not be written to; name another folder')
-
-
-def load_plugins(files: list[str]) -> None:
-    from peftzoo import registry
-
-    for file in files:
-        registry.add_file(file)
+    task = task_files.get(name)
+    facts = task.model_dump(mode="json")
+    if json:
+        output.as_json(facts)
+        return
+    extra = facts.pop("extra")
+    rows = [(k, v) for k, v in {**facts, **extra}.items() if v not in (None, [], {})]
+    output.table(f"{task.name}: {extra['title']}", ("key", "value"), rows)
+    print(f"Try: peftzoo bench --method lora --task {task.name}")

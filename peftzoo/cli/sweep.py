@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from peftzoo.cli import bench, show
+from peftzoo.cli import bench, output
 
 
 def add(app: typer.Typer) -> None:
@@ -23,32 +23,32 @@ def sweep(
     workers: int = typer.Option(None, min=1, help="Runs at once (default: one per GPU, else per 4 cores)."),
     executor: str = typer.Option("local", help="local, or ray."),
     address: str = typer.Option(None, help="A Ray cluster to join: auto, or its address (default: none)."),
-    plugin: list[str] = show.PLUGIN,
-    json: bool = show.JSON,
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
 ) -> None:
     """Do every run of a sweep. What is on record is not done again; what was interrupted goes on."""
-    from peftzoo import packing
-    from peftzoo import sweep as engine
     from peftzoo.errors import UserError, unknown
-    from peftzoo.plan import check
+    from peftzoo.runs import packs
+    from peftzoo.runs.plan import check
+    from peftzoo.sweeps import sweep_file as engine
 
     if executor not in ("local", "ray"):
         raise unknown("executor", executor, ("local", "ray"))
     if address and executor != "ray":
         raise UserError(f'--address "{address}" is for --executor ray')
-    show.load_plugins(plugin)
+    output.load_plugins(plugin)
     wanted = engine.read(file)
     with redirect_stdout(sys.stderr):
         requests, notes = check(wanted.requests(), skip=wanted.gathers)
         for note in notes:
-            show.note(note)
+            output.note(note)
         studies = _studies(wanted, requests)
         requests = [] if studies else requests
         if dry_run:
             plan = _plan(requests, studies, out)
         else:
-            show.folder(out)
-            size = packing.parse("pack", wanted.pack)
+            output.folder(out)
+            size = packs.parse("pack", wanted.pack)
             driven = _do(requests, studies, out, workers, (executor, address), plugin, size)
     if dry_run:
         _show_plan(plan, json)
@@ -60,7 +60,7 @@ def _studies(wanted: Any, requests: list[Any]) -> list[Any]:
     """A search for each method, task and model."""
     if not wanted.search:
         return []
-    from peftzoo.tune import Study
+    from peftzoo.sweeps.study import Study
 
     first = {(r.method, r.task, r.model): r for r in reversed(requests)}
     found = [Study(wanted.search, r, wanted.seeds) for r in reversed(first.values())]
@@ -71,15 +71,15 @@ def _studies(wanted: Any, requests: list[Any]) -> list[Any]:
 
 def _plan(requests: list[Any], studies: list[Any], out: Path) -> list[dict[str, Any]]:
     """A row per run; of a search, a row for its trials and one for the runs after it."""
-    from peftzoo import store
     from peftzoo.errors import UserError
-    from peftzoo.estimate import Estimates
-    from peftzoo.plan import Plan
-    from peftzoo.run import blank
+    from peftzoo.records import store
+    from peftzoo.runs.estimates import Estimates
+    from peftzoo.runs.plan import Plan
+    from peftzoo.runs.run import blank
 
     found = [*store.read_all(out)] if out.is_dir() else []
     for error in (f for f in found if isinstance(f, UserError)):
-        show.note(f"skipped: {error}")
+        output.note(f"skipped: {error}")
     estimates, rows = Estimates(r for r in found if not isinstance(r, UserError)), []
 
     def row(request: Any, kind: str, times: int, there: bool = False) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _show_plan(plan: list[dict[str, Any]], json: bool) -> None:
         "seconds": sum(r["seconds"] * r["times"] for r in known), "memory": max(memory, default=None),
     }  # fmt: skip
     if json:
-        show.as_json({"plan": plan, "total": total})
+        output.as_json({"plan": plan, "total": total})
         return
     columns = ("method", "task", "model", "seed", "runs", "state", "steps", "batch", "lr", "options", "time",
                "memory", "estimate")  # fmt: skip
@@ -130,7 +130,7 @@ def _show_plan(plan: list[dict[str, Any]], json: bool) -> None:
          _mib(r["memory"]), r["basis"]]
         for r in plan
     ]  # fmt: skip
-    show.table("Plan", columns, rows, right=("seed", "steps", "batch", "lr", "time", "memory"))
+    output.table("Plan", columns, rows, right=("seed", "steps", "batch", "lr", "time", "memory"))
     missing = total["to_do"] - total["estimated"]
     words = [f"{total['runs']} runs, {total['done']} done, {total['to_do']} to do"]
     if known:
@@ -154,7 +154,7 @@ def _mib(memory: int | None) -> str:
 
 def _do(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
         where: tuple[str, str | None], plugins: list[str], pack: tuple[Any, Any]) -> Any:  # fmt: skip
-    from peftzoo.drive import Drive
+    from peftzoo.sweeps.scheduler import Drive
 
     out, files = out.resolve(), [str(Path(p).resolve()) for p in plugins]
     total = len(requests) + sum(s.search.trials * bool(s.space) + len(s.seeds) for s in studies)
@@ -175,10 +175,10 @@ def _do(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
 def _executor(where: tuple[str, str | None], workers: int | None, out: Path, plugins: list[str],
               shown: _Shown) -> Any:  # fmt: skip
     if where[0] == "ray":
-        from peftzoo.cluster import Cluster
+        from peftzoo.sweeps.ray_executor import Cluster
 
         return Cluster(where[1], workers, out, plugins)
-    from peftzoo.executors import Local
+    from peftzoo.sweeps.executors import Local
 
     return Local(workers, plugins, shown.follow)
 
@@ -232,7 +232,7 @@ class _Shown:
 
     def note(self, text: str) -> None:
         if self.bar.disable:
-            show.note(text)
+            output.note(text)
         else:
             self.bar.console.print(text, markup=False, highlight=False)
 
@@ -240,6 +240,6 @@ class _Shown:
 def _report(drive: Any, json: bool) -> None:
     bench.report(drive.records, json, {})
     for text in drive.lost:
-        show.note(f"lost: {text}")
+        output.note(f"lost: {text}")
     if drive.lost or any(record.status != "ok" for record, _, _ in drive.records):
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from peftzoo.cli import show
+from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
@@ -24,35 +24,35 @@ def verify(
     model: str = typer.Option(None, help="The model's folder, for a model that has no name."),
     data: str = typer.Option(None, help="Folder of the local mirror, for runs on it."),
     trust_remote_code: bool = typer.Option(False, help="Allow code that comes with a model."),
-    plugin: list[str] = show.PLUGIN,
-    json: bool = show.JSON,
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
 ) -> None:
     """Check a record and do its run again.
 
     Checksums, outcomes per row, score and counts are compared.
     An edited record is refused. The same device and versions give the same score; others round otherwise.
     """
-    from peftzoo import store
-    from peftzoo import verify as engine
     from peftzoo.errors import UserError
+    from peftzoo.records import store
+    from peftzoo.runs import verification as engine
 
-    show.load_plugins(plugin)
+    output.load_plugins(plugin)
     found = store.read(record)
     if found.status != "ok":
         raise UserError(f"{record}: a {found.status} run has no result to verify: choose one under records/")
     checks = engine.files(found)
     if run:
         wanted = engine.request(found, task=task, model=model, data=data, trust_remote_code=trust_remote_code)
-        show.note(f"running {found.name} again")
+        output.note(f"running {found.name} again")
         with redirect_stdout(sys.stderr):
             checks += engine.again(found, wanted, tolerance)
     good = all(c.good is not False for c in checks)
     if json:
         status = "ok" if good else "differs"
-        show.as_json({"name": found.name, "status": status, "checks": [asdict(c) for c in checks]})
+        output.as_json({"name": found.name, "status": status, "checks": [asdict(c) for c in checks]})
     else:
         words = {True: "same", False: "DIFFERS", None: "not compared"}
-        show.table(found.name, ("what", "recorded", "found", ""),
+        output.table(found.name, ("what", "recorded", "found", ""),
                    [(c.what, c.recorded, c.found, words[c.good]) for c in checks])  # fmt: skip
         print("The record holds." if good else "The record does not hold: see the lines that differ.")
     if not good:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter
-from peftzoo.attached import Attached, attach
+from peftzoo.adapters import Attached, attach
+from peftzoo.contract import Adapter
 from peftzoo.errors import UserError
 
 ARCHS = ("bert", "llama", "gpt2")

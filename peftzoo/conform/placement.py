@@ -7,7 +7,7 @@ import pickle
 
 import torch
 
-from peftzoo.attached import Attached
+from peftzoo.adapters import Attached
 from peftzoo.conform.cases import (
     ARCHS,
     Case,

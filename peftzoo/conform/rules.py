@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from peftzoo.conform.cases import ARCHS, Case, Skip
 
+NAMES: set[str] = set()
+"""Names of all checks that are defined so far."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -42,6 +45,7 @@ def check(
     `refusable`: runs although the method declines the architecture."""
 
     def mark(function: Callable[[Case], None]) -> Check:
+        NAMES.add(function.__name__)
         return Check(function, archs, trains, slow, refusable)
 
     return mark

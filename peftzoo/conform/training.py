@@ -8,10 +8,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from peftzoo.adapter import Context
-from peftzoo.attached import Attached
+from peftzoo.adapters import Attached
 from peftzoo.conform.cases import LR, Case, Skip, assert_close, assert_unchanged, snapshot, train
 from peftzoo.conform.rules import check
+from peftzoo.contract import Context
 
 LEARN_STEPS, LEARN_MARGIN = 24, 0.05
 

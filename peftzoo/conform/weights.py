@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from peftzoo import files
-from peftzoo.adapter import LINEAR, Part
-from peftzoo.attached import Attached
+from peftzoo.adapters import Attached, saving
 from peftzoo.conform.cases import ARCHS, Case, Skip, assert_bare, assert_close, assert_unchanged, snapshot
 from peftzoo.conform.rules import check
+from peftzoo.contract import LINEAR, Part
 from peftzoo.errors import UserError
 
 
@@ -77,10 +76,10 @@ def check_reload(case: Case) -> None:
     """A saved adapter gives equal logits on a fresh model; the file holds what was trained, not the base."""
     handle = _settled(case, head=case.head if case.cls.trains else ())
     with tempfile.TemporaryDirectory() as folder:
-        size = files.save(handle, folder)
+        size = saving.save(handle, folder)
         torch.manual_seed(99)
-        again = files.load(case.model(), folder, **case.context)
-        tensors = files.read(Path(folder))[1]
+        again = saving.load(case.model(), folder, **case.context)
+        tensors = saving.read(Path(folder))[1]
     again.adapter.eval()
     assert torch.equal(case.logits(again.model), case.logits(handle.model)), "logits differ after reloading"
     numbers = handle.trainable_count() + handle.head_count()
@@ -101,12 +100,12 @@ def check_damaged(case: Case) -> None:
     handle = case.attach()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files.save(handle, folder)
+        saving.save(handle, folder)
         card, data = (
             json.loads((folder / "adapter.json").read_text()),
             (folder / "adapter.safetensors").read_bytes(),
         )
-        _, tensors = files.read(folder)
+        _, tensors = saving.read(folder)
         spoilt = {"truncated": (card, data[:-3]), "garbage": (_signed(card, data[: len(data) // 2]), None)}
         spoilt["foreign method"] = ({**card, "method": "no-such-method"}, data)
         if tensors:
@@ -120,7 +119,7 @@ def check_damaged(case: Case) -> None:
             (folder / "adapter.json").write_text(json.dumps(new_card))
             _refused(case, case.arch, folder, what)
         if tensors:
-            files.save(handle, folder)
+            saving.save(handle, folder)
             _refused(case, ARCHS[ARCHS.index(case.arch) - 1], folder, "foreign architecture")
 
 
@@ -134,7 +133,7 @@ def _refused(case: Case, arch: str, folder: Path, what: str) -> None:
     model = target.model()
     before = snapshot(model)
     try:
-        files.load(model, folder, **target.context)
+        saving.load(model, folder, **target.context)
     except UserError as error:
         assert str(error), f"{what}: refused without a reason"
     else:
@@ -200,7 +199,7 @@ def check_generate(case: Case) -> None:
 @check(archs=("llama",))
 def check_choices(case: Case) -> None:
     """Continuations scored in one batch from prompts that they share score as each on its own."""
-    from peftzoo.lm import LanguageModel
+    from peftzoo.scoring.language_model import LanguageModel
 
     model, g = _settled(case).model, torch.Generator().manual_seed(7)
     prompts = [torch.randint(3, 50, (n,), generator=g).tolist() for n in (6, 3)]

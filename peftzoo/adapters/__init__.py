@@ -1,0 +1,22 @@
+"""A method on a model: attach it, switch it on and off, merge it, save it, load it.
+
+`handle` attaches and gives the handle (Attached), `saving` reads and writes adapter folders, `references` are
+options that name such folders, `trainer` is for transformers' Trainer, `atomic` writes files whole or not at
+all.
+"""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["handle", "references", "saving"],
+    submod_attrs={
+        "atomic": ["write_atomically"],
+        "handle": ["Attached", "attach", "configure"],
+        "references": ["AdapterRef", "Adapters"],
+        "saving": ["load", "read", "save"],
+        "trainer": ["for_trainer"],
+    },
+)

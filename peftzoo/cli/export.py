@@ -1,0 +1,75 @@
+"""`peftzoo export`: an adapter for other programs."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from peftzoo.cli import output
+
+FORMS = ("peft", "lora", "merged")
+
+
+def add(app: typer.Typer) -> None:
+    app.command(epilog="Example: peftzoo export my-adapter --to lora --rank 8 --out my-lora")(export)
+
+
+def export(
+    what: str = typer.Argument(
+        ..., metavar="RUN_OR_DIR", help="An adapter folder, a record, its id or name."
+    ),
+    to: str = typer.Option(..., help="peft, lora (in PEFT's format) or merged (the whole model)."),
+    out: Path = typer.Option(..., help="A new folder."),
+    rank: int = typer.Option(None, min=1, help="lora: its rank (default: the smallest exact one)."),
+    model: str = typer.Option(None, help="The model, where the adapter does not name it."),
+    results: Path = typer.Option(Path("results"), help="Where records and adapters of runs lie."),
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
+) -> None:
+    """Write an adapter for HF PEFT, as a plain LoRA for servers, or merged into its model."""
+    from peftzoo.errors import UserError, unknown
+    from peftzoo.interop import export as engine
+    from peftzoo.interop import saved_runs
+
+    if to not in FORMS:
+        raise unknown("form", to, FORMS)
+    if rank is not None and to != "lora":
+        raise UserError(f"--rank {rank}: only --to lora has a rank to choose")
+    output.load_plugins(plugin)
+    engine.assert_new(out)
+    with redirect_stdout(sys.stderr):
+        opened = saved_runs.load(saved_runs.find(what, results), model)
+        if to != "merged" and opened.card.get("prune"):
+            raise UserError(
+                "this run pruned its base, so its adapter fits no published model: use --to merged"
+            )
+        if to == "peft":
+            report = engine.to_peft(opened.handle, out, opened.public_name)
+        elif to == "lora":
+            report = engine.to_lora(opened.handle, out, rank, opened.public_name)
+        else:
+            report = engine.to_merged(opened.handle, out, opened.loaded.tokenizer)
+    mean, spread = (opened.card.get("target") or {"mean": 0, "spread": 1}).values()
+    if (mean, spread) != (0, 1):
+        output.note(f"the head predicts (value - {mean:g}) / {spread:g}, as it was trained")
+    if json:
+        output.as_json(report | {"folder": str(out)})
+        return
+    print(f"{report['method']} as {to}: {out}")
+    if to == "lora":
+        _print_errors(report)
+    if to == "merged":
+        print(f"Next: peftzoo bench --method none --task gsm8k --model {out}")
+    else:
+        print(f'Next: peft.PeftModel.from_pretrained(model, "{out}")')
+
+
+def _print_errors(report: dict[str, Any]) -> None:
+    how = "exact" if report["exact"] else f"the nearest; an exact one needs {report['needed_rank']}"
+    print(f"rank {report['rank']}: {how}")
+    worst = f"{report['largest_error']:.2e}"
+    print(f"relative error of the change: {report['error']:.2e}, in the worst layer {worst}")

@@ -1,0 +1,43 @@
+"""`peftzoo import`: an adapter of HF PEFT in our format."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import typer
+
+from peftzoo.cli import output
+
+
+def add(app: typer.Typer) -> None:
+    app.command("import", epilog="Example: peftzoo import a-peft-folder --out my-adapter")(import_)
+
+
+def import_(
+    folder: Path = typer.Argument(..., metavar="DIR", help="A folder that HF PEFT saved."),
+    out: Path = typer.Option(..., help="A new folder for the adapter in our format."),
+    model: str = typer.Option(None, help="The model, where the adapter does not name it."),
+    plugin: list[str] = output.PLUGIN,
+    json: bool = output.JSON,
+) -> None:
+    """Read an adapter of HF PEFT: as our method where that computes the same, else as hf:TYPE."""
+    from peftzoo.adapters import saving
+    from peftzoo.interop import export as engine
+    from peftzoo.interop import peft_import, saved_runs
+
+    output.load_plugins(plugin)
+    engine.assert_new(out)
+    with redirect_stdout(sys.stderr):
+        found = peft_import.read(folder)
+        loaded = saved_runs.load_model(found, model)
+        handle, told = peft_import.adopt(found, loaded.model)
+        size = saving.save(handle, out, model=loaded.name, imported=told)
+    if json:
+        output.as_json(told | {"folder": str(out), "bytes": size, "model": loaded.name})
+        return
+    print(f"{told['peft_type']} of HF PEFT read as {told['method']}: {out} ({size:,} bytes)")
+    if told["ignored"]:
+        print(f"not read, unknown to this version of HF PEFT: {', '.join(told['ignored'])}")
+    print(f'Next: peftzoo.load(model, "{out}")')

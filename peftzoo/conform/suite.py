@@ -1,0 +1,79 @@
+"""The suite: the same checks for every method, for pytest and for `peftzoo check`.
+
+A check is a function `check_x(case)` that returns, raises `AssertionError` with what is wrong, or raises
+`Skip`. A method may declare `known_failures = {"check_x": "reason"}` (or `"check_x[gpt2]"`): strict, a known
+failure that passes is a failure.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from peftzoo.conform import placement, plugin, training, weights
+from peftzoo.conform.cases import ARCHS, Case, Skip
+from peftzoo.conform.rules import Check
+from peftzoo.contract import registry
+
+ANY = "-"
+"""Stands in the place of the architecture for checks that need no model."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check said about one method. `outcome`: ok, failed, skipped or known."""
+
+    method: str
+    check: str
+    arch: str
+    outcome: str
+    reason: str = ""
+    seconds: float = 0.0
+    trace: str = ""
+
+
+@cache
+def checks() -> list[Check]:
+    """All checks, in the order in which they are best read."""
+    modules = (plugin, placement, training, weights)
+    return [c for m in modules for c in vars(m).values() if isinstance(c, Check)]
+
+
+def plan(archs: Iterable[str] = ARCHS, slow: bool = True) -> list[tuple[Check, str]]:
+    """(check, architecture) for one method; `ANY` for a check that needs no model."""
+    chosen = [c for c in checks() if slow or not c.slow]
+    pairs = [(c, ANY) for c in chosen if not c.archs]
+    return pairs + [(c, arch) for arch in archs for c in chosen if arch in c.archs]
+
+
+def run(name: str, archs: Iterable[str] = ARCHS, slow: bool = True) -> list[Result]:
+    """Every check of one method. Raises `UserError` for an unknown name."""
+    cls = registry.get(name)
+    return [run_one(cls, check, arch) for check, arch in plan(archs, slow)]
+
+
+def run_one(cls: type, check: Check, arch: str) -> Result:
+    """One check, with the global random state of the process left as it was."""
+    start = time.perf_counter()
+    known = cls.known_failures.get(f"{check.name}[{arch}]", cls.known_failures.get(check.name))
+    outcome, reason, trace = "ok", "", ""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            check(Case(cls, arch))
+        except Skip as skip:
+            outcome, reason = "skipped", str(skip)
+        except Exception as error:
+            trace = traceback.format_exc()
+            plain = isinstance(error, AssertionError) and str(error)
+            outcome, reason = "failed", str(error) if plain else f"{type(error).__name__}: {error}"
+    if known is not None and outcome == "failed":
+        outcome, reason = "known", f"{known} ({reason})"
+    elif known is not None and outcome == "ok":
+        outcome, reason = "failed", f"passes, so take it out of known_failures (declared: {known})"
+    return Result(cls.name, check.name, arch, outcome, reason, time.perf_counter() - start, trace)

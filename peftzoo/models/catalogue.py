@@ -1,0 +1,98 @@
+"""Which models peftzoo knows, and which of them are on this machine.
+
+This file imports no torch, so that listing models is quick.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from functools import cache
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+EMBEDDED = ASSETS / "embedded"
+MARKER = "peftzoo.json"
+WEIGHTS = "model.safetensors"
+
+
+def home() -> Path:
+    """Where fetched models live: `PEFTZOO_HOME`, or `~/.cache/peftzoo`."""
+    return Path(os.environ.get("PEFTZOO_HOME") or "~/.cache/peftzoo").expanduser()
+
+
+@cache
+def aliases() -> dict[str, dict]:
+    """Short names of the real models, each with its Hub id and the package that carries it."""
+    return json.loads((ASSETS / "models.json").read_text(encoding="utf-8"))
+
+
+@cache
+def shapes() -> dict[str, dict]:
+    """Published configurations by name: hub, source, description, task, parameters, config."""
+    files = sorted((ASSETS / "shapes").glob("*.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def known() -> list[dict]:
+    """One row per model: name, kind (embedded | real | shape), parameters, where, description."""
+    own = EMBEDDED / WEIGHTS
+    count = safetensors_size(own) if own.is_file() else None
+    about = "a small Llama made for this project, with its own tokenizer"
+    first = dict(name="embedded", kind="embedded", parameters=count, where="ships with peftzoo")
+    rows = [{**first, "description": about}]
+    for name, shape in shapes().items():
+        here = dict(name=name, kind="shape", parameters=shape["parameters"], where="no weights, meta device")
+        if name in aliases():
+            fetched = marker(folder(name)) or hub_cached(shape["hub"], WEIGHTS)
+            missing = f'not here: run "peftzoo models get {name}"'
+            here.update(kind="real", where="on this machine" if fetched else missing)
+        rows.append({**here, "description": shape["description"]})
+    return sorted(rows, key=lambda row: ("embedded", "real", "shape").index(row["kind"]))
+
+
+def safetensors_size(path: Path) -> int:
+    """Number of values in a safetensors file, from its header alone."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def folder(name: str) -> Path:
+    """Where the model of an alias lives once it is fetched."""
+    return home() / "models" / name
+
+
+def digest(path: Path) -> str:
+    """sha256 of one file."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def marker(path: Path) -> dict | None:
+    """What `get` wrote about a folder; None without it, or when the weights do not have the noted length."""
+    file = path / MARKER
+    if not file.is_file():
+        return None
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    weights = path / WEIGHTS
+    return facts if weights.is_file() and weights.stat().st_size == facts["bytes"] else None
+
+
+def intact(path: Path) -> bool:
+    """True when the folder is complete and its weights have the noted sha256."""
+    facts = marker(path)
+    return facts is not None and digest(path / WEIGHTS) == facts["sha256"]
+
+
+def hub_cached(hub_id: str, file: str = "config.json") -> Path | None:
+    """The newest snapshot in the Hub's local cache that has `file`, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, file)
+    return Path(found).parent if isinstance(found, str) else None

@@ -1,0 +1,184 @@
+"""Scoring: generation and choices through lm-evaluation-harness, heads with local metrics."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftzoo.scoring import metrics
+from peftzoo.tasks.task_files import Task
+from peftzoo.training.batches import Example, by_length, collate
+
+INVALID = "[invalid]"
+"""What lm-eval's regex filter returns when an answer cannot be parsed."""
+
+
+@dataclass
+class Scores:
+    """Metrics of one model on one task; `outcomes` has one entry per row, for paired tests."""
+
+    metrics: dict[str, float | None]
+    stderr: dict[str, float | None]
+    rows: int
+    unparsed: float | None = None
+    seconds: float = 0.0
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a head's outputs relate to the task's own targets: target = output * spread + mean."""
+
+    mean: float = 0.0
+    spread: float = 1.0
+
+
+def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name: str | None = None) -> Any:
+    """lm-eval's task object over these rows (`data.Rows`); training uses the same prompts.
+
+    `name` is told to the model with each request, where several of them are answered together.
+    """
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _sandbox()
+    config = task.harness() | ({"task": name} if name else {})
+    if task.output_type == "generate_until":
+        kwargs = {"do_sample": False} | (config.get("generation_kwargs") or {})
+        config["generation_kwargs"] = kwargs | ({"max_gen_toks": max_new_tokens} if max_new_tokens else {})
+    found = datasets.DatasetDict({task.eval_split: rows.test})
+    config.pop("training_split", None)  # neither prompts nor scores need the training rows
+    if rows.shown is not None:
+        found[task.fewshot_split] = rows.shown
+    return ConfigurableTask(config=config | {"custom_dataset": lambda **_: found})
+
+
+def _sandbox() -> None:
+    """Templates in a task file name columns and filters; nothing else of Python is within their reach."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    if not isinstance(utils.env, ImmutableSandboxedEnvironment):
+        open_to_all, utils.env = utils.env, ImmutableSandboxedEnvironment(
+            loader=utils.env.loader, undefined=utils.env.undefined,
+            keep_trailing_newline=utils.env.keep_trailing_newline,
+        )  # fmt: skip
+        utils.env.filters |= open_to_all.filters
+
+
+def prompt_and_answer(lm_task: Any, row: dict[str, Any]) -> tuple[str, str]:
+    """The prompt of a row, as lm-eval makes it, and the right continuation, delimiter included."""
+    prompt, answer = lm_task.fewshot_context(row, lm_task.config.num_fewshot), lm_task.doc_to_target(row)
+    choices = lm_task.doc_to_choice(row) if lm_task.config.doc_to_choice is not None else None
+    if lm_task.multiple_input:  # the choices are beginnings, the target is how all of them go on
+        prompt = prompt[lm_task.doc_to_text(row)]
+    elif choices is not None and answer not in choices:
+        answer = choices[int(answer)]
+    return prompt, lm_task.config.target_delimiter + str(answer)
+
+
+def language(
+    model: nn.Module, tokenizer: Any, lm_task: Any, batch_size: int, precision: str = "fp32", metric: str = ""
+) -> Scores:
+    """Greedy generation or log-likelihood of choices, as the task says.
+
+    The share of answers that cannot be parsed is counted with the filter that `metric` names.
+    """
+    from peftzoo.scoring.language_model import LanguageModel
+
+    lm = LanguageModel(model, tokenizer, batch_size, torch.bfloat16 if precision == "bf16" else None)
+    return asked(lm, [lm_task], metric)[0]
+
+
+def asked(lm: Any, lm_tasks: list[Any], metric: str = "") -> list[Scores]:
+    """What lm-eval makes of `lm`'s answers to tasks of different names; all requests reach it at once."""
+    from lm_eval.evaluator import evaluate
+
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap would start a process per core
+    begin = time.perf_counter()
+    tasks = {"tasks": {t.config.task: t for t in lm_tasks}, "groups": {}, "group_map": {}}
+    with redirect_stdout(io.StringIO()):  # it prints the names of the scores that it bootstraps
+        results = evaluate(lm, tasks, bootstrap_iters=200, log_samples=True)
+    seconds = (time.perf_counter() - begin) / len(lm_tasks)
+    return [_read(results, t, metric, seconds) for t in lm_tasks]
+
+
+def _read(results: dict[str, Any], lm_task: Any, metric: str, seconds: float) -> Scores:
+    name = lm_task.config.task
+    scores = {
+        k: v for k, v in results["results"][name].items() if isinstance(v, (int, float)) and k != "sample_len"
+    }
+    values = {_key(k): _finite(v) for k, v in scores.items() if "_stderr" not in k}
+    errors = {_key(k.replace("_stderr", "")): _finite(v) for k, v in scores.items() if "_stderr" in k}
+    samples = results["samples"][name]
+    outcomes = [_outcome(s, lm_task) for s in samples]
+    wanted = metric.rpartition(",")[2] if "," in metric else samples[0]["filter"]
+    mine = [s for s in samples if s["filter"] == wanted]
+    unparsed = None
+    if lm_task.OUTPUT_TYPE == "generate_until":
+        unparsed = sum(s["filtered_resps"][0] == INVALID for s in mine) / len(mine)
+    return Scores(values, errors, len(mine), unparsed, seconds, outcomes)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _key(name: str) -> str:
+    """`exact_match,strict` as it is; `acc,none` becomes `acc`."""
+    return name.removesuffix(",none")
+
+
+def _outcome(sample: dict[str, Any], lm_task: Any) -> dict[str, Any]:
+    """One row's outcome: row number, filter, what was answered, whether it was right."""
+    known = {k: sample[k] for k in sample.get("metrics", []) if isinstance(sample.get(k), (int, float))}
+    answered = sample["filtered_resps"]
+    if lm_task.OUTPUT_TYPE == "multiple_choice":
+        answered = [round(float(r[0]), 4) if math.isfinite(r[0]) else None for r in answered]
+    return {"row": sample["doc_id"], "filter": sample["filter"], "answer": answered, **known}
+
+
+@torch.no_grad()
+def head(
+    model: nn.Module,
+    examples: list[Example],
+    names: list[str],
+    kind: str,
+    scale: Scale,
+    pad: int,
+    batch_size: int,
+) -> Scores:
+    """Predictions of the trained head on all examples (their `target` is the reference)."""
+    begin = time.perf_counter()
+    device = next(model.parameters()).device
+    predictions = [0.0] * len(examples)
+    for rows in by_length(examples, batch_size):
+        batch = collate([examples[i] for i in rows], pad)
+        logits = model(
+            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+        ).logits.float()
+        values = logits.argmax(-1) if kind == "classification" else logits.squeeze(-1)
+        for i, value in zip(rows, values.tolist(), strict=True):
+            predictions[i] = value * scale.spread + scale.mean
+    references = [e.target * scale.spread + scale.mean for e in examples]
+    return Scores(
+        metrics.compute(names, predictions, references),
+        {n: metrics.standard_error(n, predictions, references) for n in names},
+        len(examples),
+        None,
+        time.perf_counter() - begin,
+        [
+            {"row": i, "answer": p, "reference": r}
+            for i, (p, r) in enumerate(zip(predictions, references, strict=True))
+        ],
+    )

@@ -1,0 +1,60 @@
+"""Fitting without gradients: the method asks for the loss as often as a run has steps."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from peftzoo.measuring import counters
+from peftzoo.training import losses
+from peftzoo.training.batches import shuffled
+from peftzoo.training.loop import WARM_STEPS, Loop, Training
+
+
+class Search(Loop):
+    """In place of the training loop for a method that `searches`.
+
+    A call of the loss counts as a step. It is the mean over the first `batch_size` rows in the order of the
+    seed, always the same ones, without dropout. Every process makes the whole search. Nothing is kept for a
+    later run: a search that is interrupted starts again.
+    """
+
+    def run(self) -> Training:
+        """Search. Losses that are not finite are the method's to judge."""
+        out, total, adapter = self.out, self.config.steps, self.attached.adapter
+        if not total:
+            return out
+        rows = shuffled(len(self.examples), self.seed, 1)[: self.config.batch_size]
+        self.attached.model.eval()
+        adapter.eval()
+        with (
+            counters.PeakMemory(self.accelerator.device) as peak,
+            counters.Energy(self.accelerator.device) as energy,
+        ):
+            adapter.search(lambda: self._ask(rows), len(rows), total)
+        out.memory |= peak.bytes | {"weights": counters.weight_bytes(self.attached)}
+        out.memory |= dict.fromkeys(("gradients", "optimizer", "saved_for_backward"), 0)
+        out.energy_joules = energy.joules
+        return out
+
+    @torch.no_grad()
+    def _ask(self, rows: list[int]) -> float:
+        counters.synchronize(self.accelerator.device)
+        begin, module = time.perf_counter(), self.accelerator.unwrap_model(self.module)
+        size = self.config.micro_batch or len(rows)
+        batches = [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+        with self.autocast():
+            total = sum(float(module(batch)) for batch in batches)
+        loss = total / max(sum(map(losses.count, batches)), 1)
+        out, seconds = self.out, time.perf_counter() - begin
+        tokens = sum(int(b["attention_mask"].sum()) for b in batches)
+        out.losses.append(loss)
+        out.tokens += tokens
+        out.seconds += seconds
+        if len(out.losses) > WARM_STEPS:
+            out.step_seconds.append(seconds)
+            out.counted_tokens += tokens
+        if self.on_step:
+            self.on_step(len(out.losses), self.config.steps, loss, tokens / seconds)
+        return loss

@@ -1,0 +1,336 @@
+"""Records to tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from peftzoo.boards import formats, ranks, tables
+from peftzoo.records import store
+from peftzoo.records.schema import Record
+
+TRAIN = {"steps": 100, "batch_size": 16, "lr": 1e-3, "precision": "fp32", "max_length": 128,
+         "schedule": "linear", "warmup": 0.06, "clip": 1.0, "head_lr": 1e-3,
+         "train_on_prompt": False}  # fmt: skip
+_ids: dict[str, str] = {}
+
+
+def make(method: str = "lora", seed: int = 0, value: float | None = 0.5, **changes) -> Record:
+    train = TRAIN | changes.pop("train", {})
+    options = changes.pop("options", {"r": 8})
+    facts = {
+        "measure_version": 1, "name": "x", "status": "ok", "created": "now", "method": method, "task": "sst2",
+        "model": "embedded", "seed": seed, "suite": "glue", "protocol": "last-step", "view": "choice",
+        "task_version": 1.0, "method_config": options, "train_config": train,
+        "model_source": {"kind": "embedded", "sha256": "a"},
+        "data": {"source": "embedded", "id": "sst2", "scored_rows": 10, "files": {"train": {"sha256": "b"}}},
+        "environment": {"device": "CPU one"}, "command": "peftzoo", "trainable_params": 1234,
+        "score": {"metric": "acc", "value": value, "rows": 10}, "step_time": {"median_ms": 10.0 + seed},
+        "memory": {"computed_total": 3 * 2**20},
+    }  # fmt: skip
+    facts |= changes
+    key = repr(sorted((k, repr(v)) for k, v in facts.items() if k not in ("seed", "score", "step_time")))
+    facts.setdefault("id", _ids.setdefault(key, f"{len(_ids):012x}"))
+    return Record(**facts)
+
+
+def test_a_table_by_hand() -> None:
+    records = [make("lora", s, v) for s, v in enumerate((0.5, 0.6, 0.7))]
+    records += [make("dora", 0, 0.9, merged_score={"metric": "acc", "value": 0.8, "rows": 10})]
+    records += [make("none", 0, 0.1, train={"steps": 0}, trainable_params=0, step_time={}, memory={})]
+    ((facts, table),) = tables.tables(records)
+    assert facts["task"] == "sst2" and facts["steps"] == 100 and facts["rows"] == 10
+    assert table["method"].tolist() == ["dora", "lora", "none"], "not the best first"
+    assert table["score"].tolist() == pytest.approx([0.8, 0.6, 0.1])
+    assert table["seeds"].tolist() == [1, 3, 1] and table["trained"].tolist() == [1234, 1234, 0]
+    assert table["step_ms"].tolist()[:2] == [10.0, 11.0] and np.isnan(table["step_ms"].iloc[2])
+    assert table["unmerged"].iloc[0] == 0.9 and np.isnan(table["unmerged"].iloc[1])
+    assert table["memory_mib"].iloc[1] == 3.0
+    text = formats.markdown([(facts, table)])
+    assert "|  | lora | 0.600 | 0.248 |  | 3 |  |  |  | 1,234 | 11.0 | 3 | 0.001 | r=8 |" in text
+    assert "|  | none | 0.100 |  |  | 1 |  |  |  | 0 |  |  |" in text
+
+
+def test_a_protocol_may_ask_for_the_median() -> None:
+    records = [make("lora", s, v, protocol="best", average="median") for s, v in enumerate((0.1, 0.6, 0.7))]
+    ((facts, table),) = tables.tables(records)
+    assert table["score"].tolist() == [0.6] and table["ci95"].isna().all()
+    assert "best), median over seeds" in formats.markdown([(facts, table)])
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_the_interval_is_scipys(n: int) -> None:
+    scores = np.random.default_rng(n).normal(size=n)
+    low, high = stats.t.interval(0.95, n - 1, loc=scores.mean(), scale=stats.sem(scores))
+    half = ranks.interval(scores.tolist())
+    assert (scores.mean() - half, scores.mean() + half) == pytest.approx((low, high))
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert ranks.interval([0.5]) is None and ranks.interval([]) is None
+
+
+DIFFERENT = {
+    "task": {"task": "stsb"},
+    "task version": {"task_version": 2.0},
+    "model": {"model": "minilm"},
+    "weights": {"model_source": {"kind": "embedded", "sha256": "other"}},
+    "source": {
+        "data": {"source": "mirror", "id": "sst2", "scored_rows": 10, "files": {"train": {"sha256": "b"}}}
+    },
+    "rows": {
+        "data": {"source": "embedded", "id": "sst2", "scored_rows": 9, "files": {"train": {"sha256": "b"}}}
+    },
+    "content": {
+        "data": {"source": "embedded", "id": "sst2", "scored_rows": 10, "files": {"train": {"sha256": "c"}}}
+    },
+    "training rows": {
+        "data": {
+            "source": "embedded",
+            "id": "sst2",
+            "scored_rows": 10,
+            "files": {"train": {"sha256": "b"}},
+            "train": {"id": "another set"},
+        }
+    },
+    "mix": {
+        "data": {
+            "source": "embedded",
+            "id": "sst2",
+            "scored_rows": 10,
+            "files": {"train": {"sha256": "b"}},
+            "trained_on": {"boolq": 12},
+        }
+    },
+    "protocol": {"protocol": "best-step"},
+    "view": {"view": "head"},
+    "answer length": {"max_new_tokens": 64},
+    "measure version": {"measure_version": 2},
+    "device": {"environment": {"device": "CPU two"}},
+    "metric": {"score": {"metric": "mcc", "value": 0.4, "rows": 10}},
+    "precision": {"train": {"precision": "bf16"}},
+    "steps": {"train": {"steps": 200}},
+    "batch size": {"train": {"batch_size": 32}},
+    "length": {"train": {"max_length": 64}},
+    "schedule": {"train": {"schedule": "cosine"}},
+    "prompt": {"train": {"train_on_prompt": True}},
+    "tuning": {"tuning": {"budget": {"trials": 8}}},
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_what_cannot_be_compared_never_shares_a_table(what: str) -> None:
+    found = tables.tables([make("lora"), make("dora", **DIFFERENT[what])])
+    assert sorted(t["method"].tolist() for _, t in found) == [["dora"], ["lora"]]
+
+
+@pytest.mark.parametrize(
+    "same", [{"train": {"lr": 0.5}}, {"options": {"r": 2}}, {"train": {"micro_batch": 4}}, {"name": "y"}]
+)
+def test_what_a_method_may_choose_shares_a_table(same: dict) -> None:
+    ((_, table),) = tables.tables([make("lora"), make("dora", **same)])
+    assert len(table) == 2
+
+
+def test_searches_with_the_same_budget_share_a_table() -> None:
+    """Each method looks around its own learning rate, and may choose another warm-up."""
+
+    def searched(method: str, warmup: float, trials: int = 8) -> Record:
+        space = {"lr": {"low": len(method), "high": 90, "log": True}}
+        tuning = {"budget": {"trials": trials, "space": space}, "chosen": {"warmup": warmup, "set.r": 8}}
+        return make(method, tuning=tuning, train={"warmup": warmup})
+
+    found = tables.tables([searched("lora", 0.1), searched("vb-lora", 0.2), searched("dora", 0.1, trials=9)])
+    assert sorted(sorted(t["method"]) for _, t in found) == [["dora"], ["lora", "vb-lora"]]
+    assert "warm-up searched" in formats.markdown(found)
+    assert len(tables.tables([make("lora"), make("dora", train={"warmup": 0.2})])) == 2, "told, not searched"
+
+
+def test_two_settings_of_a_method_are_two_rows() -> None:
+    ((_, table),) = tables.tables([make(options={"r": 2}), make(options={"r": 8})])
+    assert sorted(table["options"]) == ["r=2", "r=8"]
+
+
+def test_runs_without_training_join_every_budget() -> None:
+    none = make("none", value=0.1, train={"steps": 0, "batch_size": 4})
+    found = tables.tables([make("lora"), make("lora", train={"steps": 200}), none])
+    assert [t["method"].tolist() for _, t in found] == [["lora", "none"]] * 2
+    elsewhere = make("none", value=0.1, train={"steps": 0}, environment={"device": "CPU two"})
+    found = tables.tables([make("lora"), elsewhere])
+    assert sorted(t["method"].tolist() for _, t in found) == [["lora"], ["none"]], (
+        "it joined another device, or is lost"
+    )
+
+
+def test_a_run_that_is_there_twice_counts_once() -> None:
+    ((_, table),) = tables.tables([make(seed=0, value=0.5), make(seed=0, value=0.5), make(seed=1, value=0.7)])
+    assert table["seeds"].tolist() == [2] and table["score"].tolist() == [pytest.approx(0.6)]
+
+
+def test_failed_runs_and_undefined_scores() -> None:
+    failed = make("dora", status="failed", score=None)
+    ((_, table),) = tables.tables([make("lora"), make("vera", value=None), failed])
+    assert table["method"].tolist() == ["lora", "vera"] and np.isnan(table["score"].iloc[1])
+    assert tables.tables([failed]) == [] == tables.tables([])
+    assert "nan" not in formats.markdown(tables.tables([make("vera", value=None)])).lower()
+
+
+def with_outcomes(folder, method: str, right: float, seeds: int = 3, rows: int = 200, **changes) -> list:
+    """Records with side files; a row is hard or easy for all methods alike."""
+    hard, records = np.random.default_rng(0).random(rows), []
+    for seed in range(seeds):
+        noise = np.random.default_rng([seed, len(method)]).normal(size=rows) * 0.02
+        hits = (hard + noise < right).astype(float)
+        score = {"metric": "acc", "value": float(hits.mean()), "rows": rows, "stderr": 0.03}
+        records.append(make(method, seed, score=score, **changes))
+        lines = [{"row": i, "filter": "none", "acc": h} for i, h in enumerate(hits)]
+        store.write(folder, records[-1], lines)
+    return records
+
+
+def test_ranks_and_tests_by_hand(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "vera", 0.8)
+    records += with_outcomes(tmp_path, "lora", 0.6) + with_outcomes(tmp_path, "few", 0.9, seeds=2)
+    records += [make("bare", s, 0.3, options={"r": s}) for s in range(3)]
+    ((facts, table),) = tables.tables(records)
+    got = table.set_index("method")["rank"].to_dict()
+    assert (got["dora"], got["vera"], got["lora"]) == (1, 1, 3) and got["few"] is None and got["bare"] is None
+    p = table.set_index("method")["p_base"].to_dict()
+    assert p["dora"] < 0.001 and p["lora"] is None and p["bare"] is None
+    best = table.set_index("method")["p_best"].to_dict()
+    assert best["few"] is None and best["lora"] < best["vera"] and best["bare"] is None
+    text = formats.markdown([(facts, table)])
+    assert "| 3 | lora | 0." in text and "| <0.001 |" in text and "| 0.030 |" in text
+
+
+def test_an_undefined_score_counts_for_no_seed(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "lora", 0.6)
+    records[0].score.value = None
+    ((_, table),) = tables.tables(records)
+    assert table.set_index("method")["rank"].to_dict() == {"dora": None, "lora": 1}
+    assert table.set_index("method")["seeds"].to_dict() == {"dora": 2, "lora": 3}
+
+
+def test_a_side_file_that_was_changed_is_told_and_not_used(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "lora", 0.6)
+    bad = records[0].file.with_suffix(".examples.jsonl.gz")
+    bad.write_bytes(bad.read_bytes() + b"x")
+    told: list[str] = []
+    ((_, table),) = tables.tables(records, complain=told.append)
+    assert len(told) == 1 and bad.name in told[0] and table["rank"].tolist() == [None, 1]
+
+
+def test_the_csv_files(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "lora", 0.6)
+    records.append(make("=cmd()", task="-x", value=0.5, options={"a": "@b"}))
+    found = formats.files(tables.tables(records))
+    assert len(found) == 2 and all(re.fullmatch(r"[A-Za-z0-9._-]+\.csv", name) for name in found)
+    frames = pd.concat([pd.read_csv(io.StringIO(text)) for text in found.values()])
+    assert frames["method"].tolist() in (["lora", "'=cmd()"], ["'=cmd()", "lora"])
+    lora = frames[frames["method"] == "lora"].iloc[0]
+    assert lora["score"] == pytest.approx(np.mean([r.score.value for r in records[:3]]))
+    assert lora["rank"] == 1 and lora["device"] == "CPU one" and lora["steps"] == 100
+    assert "'-x" in frames["task"].tolist()
+
+
+@pytest.mark.parametrize(
+    "method", ["x\r=cmd()", "x\n=cmd()", " =cmd()", "\t@cmd()", "\x1b=cmd()", "\u2028+1"]
+)
+def test_no_cell_of_a_csv_file_begins_a_row_or_a_formula(method: str) -> None:
+    ((_, text),) = formats.files(tables.tables([make(method)])).items()
+    assert len(re.split("[\r\n]", text)) == 3 and text.endswith("\n"), "a row more"
+    cell = pd.read_csv(io.StringIO(text))["method"].iloc[0]
+    assert cell.lstrip()[0] in "x'"
+
+
+def test_only_tables_of_a_board_are_removed(say, tmp_path) -> None:
+    for record in with_outcomes(tmp_path / "in", "lora", 0.6):
+        assert record.file
+    mine = tmp_path / "out" / "tables" / "sales-20240131.csv"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("task,amount\nx,1\n")
+    assert say(f"board {tmp_path / 'in'} --out {tmp_path / 'out'}")[0] == 0
+    (first,) = {*mine.parent.iterdir()} - {mine}
+    for record in with_outcomes(tmp_path / "other", "lora", 0.6, task="stsb"):
+        assert record.file
+    assert say(f"board {tmp_path / 'other'} --out {tmp_path / 'out'}")[0] == 0
+    assert mine.is_file() and not first.exists() and len([*mine.parent.iterdir()]) == 2
+
+
+HOSTILE = "<script>alert(1)</script>|a|\n\n# b `c` [d](javascript:e) \\| \x1b[31m"
+
+
+def test_text_of_a_record_can_break_nothing() -> None:
+    record = make(
+        HOSTILE, task=HOSTILE, model=HOSTILE, protocol=HOSTILE, options={HOSTILE: HOSTILE},
+        environment={"device": HOSTILE}, score={"metric": HOSTILE, "value": 0.5, "rows": 1},
+    )  # fmt: skip
+    text = formats.markdown(tables.tables([record]))
+    assert "<" not in text and "\x1b" not in text and "[" not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 3
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {15}
+    assert sum(line.startswith("#") for line in text.splitlines()) == 2
+
+
+@pytest.mark.parametrize("key", ["steps", "batch_size", "lr", "precision", "max_length"])
+@pytest.mark.parametrize("value", ["x", None, [1], {"a": {"b": 1}}, True, -1, 10**400])
+def test_free_parts_of_a_record_may_hold_anything(key: str, value) -> None:
+    found = tables.tables([make("odd", train={key: value}), make("lora"), make("none", train={"steps": 0})])
+    formats.markdown(found)
+    assert {m for _, t in found for m in t["method"]} == {"odd", "lora", "none"}
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, 1e15, 1e-300])
+def test_numbers_beyond_all_measure_stop_no_command(say, tmp_path, value: float) -> None:
+    wild = {"step_time": {"median_ms": abs(value)}, "latency": {"token_ms": abs(value)}}
+    for i, record in enumerate([
+        *(make("odd", s, v, **wild) for s, v in enumerate((value, -value, 0.5))), make("lora", 0, 0.5),
+        make("dora", 0, 0.25, step_time={"median_ms": 7.0}, train={"steps": 100}),
+    ]):  # fmt: skip
+        record.train_seconds, record.created = 2.0, str(i)
+        store.write(tmp_path, record)
+    code, out, err = say(f"board {tmp_path} --html {tmp_path / 'site'} --json")
+    assert code == 0 and json.loads(out), err
+    assert say(f"board {tmp_path} --html {tmp_path / 'site'}")[0] == 0
+    code, out, err = say(f"recommend --results {tmp_path} --model embedded --task-like sentiment --json")
+    assert code == 0 and json.loads(out), err
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, 7, None])
+def test_a_device_or_source_of_another_type(value) -> None:
+    data = {"source": value, "id": value, "files": value, "scored_rows": value}
+    found = tables.tables([make(environment={"device": value}, data=data), make()])
+    assert formats.markdown(found).count("\n## ") == len(found) == 2
+
+
+def test_the_same_as_plain_json() -> None:
+    import json
+
+    records = [make("lora", s, v) for s, v in enumerate((0.5, 0.7))] + [make("none", train={"steps": 0})]
+    (one,) = json.loads(json.dumps(formats.as_rows(tables.tables(records)), allow_nan=False))
+    assert one["steps"] == 100 and isinstance(one["rows"], int)
+    assert one["table"][0]["method"] == "lora" and one["table"][0]["score"] == pytest.approx(0.6)
+    assert one["table"][0]["trained"] == 1234 and one["table"][1]["ci95"] is None
+
+
+def test_the_committed_boards_are_those_of_the_committed_records(tmp_path) -> None:
+    from typer.testing import CliRunner
+
+    from peftzoo.cli import app
+
+    results = Path(__file__).parents[2] / "results"
+    done = CliRunner().invoke(app, ["board", str(results), "--out", str(tmp_path)])
+    assert done.exit_code == 0 and "skipped" not in done.output, done.output
+    assert (tmp_path / "board.md").read_text() == (results / "board.md").read_text(), "peftzoo board results"
+    made, kept = ({f.name: f for f in (p / "tables").iterdir()} for p in (tmp_path, results))
+    assert made.keys() == kept.keys()
+    for name in made:
+        pd.testing.assert_frame_equal(pd.read_csv(made[name]), pd.read_csv(kept[name]))

@@ -1,0 +1,307 @@
+"""Scoring through lm-evaluation-harness and through a head."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from jinja2.sandbox import SecurityError
+from transformers import BertConfig, BertForSequenceClassification
+
+from peftzoo import models
+from peftzoo.scoring import evaluation
+from peftzoo.tasks import sources, task_files
+from peftzoo.tasks.sources import Rows
+from peftzoo.training import batches
+from peftzoo.training.batches import Example
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return models.load("embedded")
+
+
+def few(name: str, n: int = 6) -> Rows:
+    rows = sources.load(task_files.get(name), "embedded")
+    return Rows(rows.train, rows.test.select(range(n)), rows.info, rows.shown)
+
+
+def answered(monkeypatch, name: str, answers: list[str], golds: list[str], metric: str) -> evaluation.Scores:
+    """Scores of given answers to made-up rows, through the task's own filters and metrics."""
+    from lm_eval.api.model import LM
+
+    class Fixed(LM):
+        def generate_until(self, requests, disable_tqdm=False):
+            return [answers[int(r.args[0].split("row ")[1].split()[0])] for r in requests]
+
+        def loglikelihood(self, requests, **_):
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    rows = [{"question": f"row {i} .", "answer": f"so\n#### {g}"} for i, g in enumerate(golds)]
+    made = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr("peftzoo.scoring.language_model.LanguageModel", lambda *_: Fixed())
+    lm_task = evaluation.harness_task(task_files.get(name), Rows(made, made))
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=1)
+    return evaluation.language(model, tokenizer, lm_task, 8, metric=metric)
+
+
+# -- extraction of answers ------------------------------------------------------------------------------
+
+# what the model said, the right answer, right by the strict filter, right by the flexible one
+GSM8K = [
+    ("3+4=7\n#### 7", "7", True, True),
+    ("#### 1,234", "1234", True, True),
+    ("#### 1234", "1,234", True, True),
+    ("#### $1,234", "1234", False, True),
+    ("the answer is $12.", "12", False, True),
+    ("#### 7.", "7", True, True),
+    ("#### 7.50", "7.50", True, True),
+    ("#### -3", "-3", True, True),
+    ("#### - 3", "-3", False, False),
+    ("first 5, then 8, so 13", "13", False, True),
+    ("first 5, then 8, so 13", "5", False, False),
+    ("#### 5\n#### 6", "5", True, False),
+    ("#### 17", "7", False, False),
+    ("####7", "7", False, True),
+    ("I do not know", "7", False, False),
+    ("", "7", False, False),
+    ("#### seven", "7", False, False),
+    ("#### 7 apples", "7", True, True),
+    ("16", "16", False, True),
+]
+
+
+@pytest.mark.parametrize(("said", "gold", "strict", "flexible"), GSM8K)
+def test_answers_are_found_as_the_task_file_says(monkeypatch, said, gold, strict, flexible) -> None:
+    found = answered(monkeypatch, "gsm8k", [said], [gold], "exact_match,strict").metrics
+    assert found == {"exact_match,strict": float(strict), "exact_match,flexible": float(flexible)}
+
+
+def test_scores_shares_and_errors_over_rows(monkeypatch) -> None:
+    answers = ["#### 1", "2", "#### 9", "nothing", "#### 5"]
+    golds = ["1", "2", "3", "4", "5"]
+    found = answered(monkeypatch, "gsm8k", answers, golds, "exact_match,strict")
+    assert found.metrics == {
+        "exact_match,strict": pytest.approx(0.4),
+        "exact_match,flexible": pytest.approx(0.6),
+    }
+    assert found.stderr["exact_match,strict"] == pytest.approx((0.4 * 0.6 / 4) ** 0.5)
+    assert found.rows == 5 and found.unparsed == pytest.approx(2 / 5)
+    flexible = answered(monkeypatch, "gsm8k", answers, golds, "exact_match,flexible")
+    assert flexible.unparsed == pytest.approx(1 / 5)
+
+
+def test_there_is_one_outcome_per_row_and_filter(monkeypatch) -> None:
+    found = answered(monkeypatch, "gsm8k", ["#### 1", "2"], ["1", "2"], "exact_match,strict")
+    assert sorted((o["filter"], o["row"], o["exact_match"]) for o in found.outcomes) == [
+        ("flexible", 0, 1.0),
+        ("flexible", 1, 1.0),
+        ("strict", 0, 1.0),
+        ("strict", 1, 0.0),
+    ]
+    assert {o["answer"][0] for o in found.outcomes if o["filter"] == "strict"} == {"1", evaluation.INVALID}
+
+
+GENERATED = [
+    t
+    for t in map(task_files.get, task_files.tasks())
+    if t.extra.embedded and t.training_split and t.output_type == "generate_until"
+]
+
+
+@pytest.mark.parametrize("task", GENERATED, ids=lambda t: t.name)
+def test_the_right_answer_scores_one(monkeypatch, task: task_files.Task) -> None:
+    """A model that says what it is trained to say is always right."""
+    from lm_eval.api.model import LM
+
+    rows = few(task.name, 12)
+    lm_task = evaluation.harness_task(task, rows)
+    answers = [evaluation.prompt_and_answer(lm_task, row)[1] for row in rows.test]
+
+    class Fixed(LM):
+        def generate_until(self, requests, disable_tqdm=False):
+            return [answers[r.doc_id] for r in requests]
+
+        loglikelihood = loglikelihood_rolling = None
+
+    monkeypatch.setattr("peftzoo.scoring.language_model.LanguageModel", lambda *_: Fixed())
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=1)
+    found = evaluation.language(model, tokenizer, lm_task, 8, metric=task.extra.metric)
+    assert set(found.metrics.values()) == {1.0} and found.unparsed == 0
+
+
+# -- decoding -------------------------------------------------------------------------------------------
+
+
+def test_decoding_is_greedy_whatever_the_model_says(embedded, monkeypatch) -> None:
+    from transformers import GenerationConfig
+
+    lm_task = evaluation.harness_task(task_files.get("gsm8k"), few("gsm8k", 3), max_new_tokens=12)
+    plain = evaluation.language(embedded.model, embedded.tokenizer, lm_task, 3)
+    wild = GenerationConfig(
+        do_sample=True, temperature=2.0, num_beams=3, repetition_penalty=5.0, eos_token_id=1
+    )
+    monkeypatch.setattr(embedded.model, "generation_config", wild)
+    torch.manual_seed(1)
+    found = evaluation.language(embedded.model, embedded.tokenizer, lm_task, 3)
+    assert found.outcomes == plain.outcomes and embedded.model.generation_config is wild
+
+
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target"])
+def test_a_template_reaches_nothing_of_python(key: str) -> None:
+    rows = few("gsm8k")
+    task = task_files.get("gsm8k").model_copy(
+        update={key: "{{ question.__class__.__base__.__subclasses__() }}"}
+    )
+    with pytest.raises(SecurityError, match="unsafe"):
+        evaluation.prompt_and_answer(evaluation.harness_task(task, rows), rows.test[0])
+
+
+def test_a_task_file_that_is_silent_about_sampling_is_greedy_too() -> None:
+    task = task_files.get("gsm8k")
+    bare = task.model_copy(update={"generation_kwargs": {"until": ["\n\n"]}})
+    lm_task = evaluation.harness_task(bare, few("gsm8k", 1), max_new_tokens=7)
+    assert lm_task.config.generation_kwargs["do_sample"] is False
+    assert lm_task.config.generation_kwargs["max_gen_toks"] == 7
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "sst2"])
+def test_batch_size_and_order_of_rows_change_nothing(embedded, name: str) -> None:
+    task = task_files.get(name)
+    rows = few(name, 5)
+    turned = Rows(rows.train, rows.test.select([3, 0, 4, 2, 1]))
+    found = {}
+    for key, given, size in (("one", rows, 1), ("all", rows, 5), ("turned", turned, 2)):
+        lm_task = evaluation.harness_task(task, given, max_new_tokens=12)
+        found[key] = evaluation.language(embedded.model, embedded.tokenizer, lm_task, size)
+    assert found["one"].metrics == found["all"].metrics == found["turned"].metrics
+    if name == "gsm8k":
+        assert found["one"].outcomes == found["all"].outcomes
+        by_row = {(o["row"], o["filter"]): o["answer"] for o in found["one"].outcomes}
+        for o in found["turned"].outcomes:
+            assert o["answer"] == by_row[[3, 0, 4, 2, 1][o["row"]], o["filter"]]
+    else:
+        for a, b in zip(found["one"].outcomes, found["all"].outcomes, strict=True):
+            assert a["answer"] == pytest.approx(b["answer"], abs=2e-3)
+
+
+def test_choices_are_scored_by_their_likelihood(embedded) -> None:
+    rows = few("sst2", 4)
+    lm_task = evaluation.harness_task(task_files.get("sst2"), rows)
+    found = evaluation.language(embedded.model, embedded.tokenizer, lm_task, 4)
+    hits = 0
+    for i, outcome in enumerate(found.outcomes):
+        said = []
+        for choice in ("negative", "positive"):
+            e = batches.language_example(
+                embedded.tokenizer, lm_task.doc_to_text(rows.test[i]), f" {choice}", 512
+            )
+            ids, labels = torch.tensor([e.ids[:-1]]), e.labels[:-1]
+            with torch.no_grad():
+                logs = embedded.model(input_ids=ids).logits[0].float().log_softmax(-1)
+            said.append(sum(logs[p - 1, t].item() for p, t in enumerate(labels) if t != batches.IGNORE))
+        assert outcome["answer"] == pytest.approx(said, abs=2e-3)
+        hits += (said[1] > said[0]) == rows.test[i]["label"]
+    assert found.metrics["acc"] == hits / 4 and found.unparsed is None and found.rows == 4
+    assert set(found.stderr) >= {"acc"}
+
+
+def test_half_precision_reaches_the_model(embedded, monkeypatch) -> None:
+    """lm-eval switches autocast off around each call unless it is told the type."""
+    seen = []
+    lm_task = evaluation.harness_task(task_files.get("sst2"), few("sst2", 1))
+    hook = embedded.model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    for precision in ("bf16", "fp32"):
+        evaluation.language(embedded.model, embedded.tokenizer, lm_task, 2, precision)
+    hook.remove()
+    half = len(seen) // 2
+    assert half and seen == [True] * half + [False] * half
+
+
+def test_scoring_is_quiet(embedded, capfd) -> None:
+    for name in ("gsm8k", "sst2"):
+        lm_task = evaluation.harness_task(task_files.get(name), few(name, 2), max_new_tokens=4)
+        evaluation.language(embedded.model, embedded.tokenizer, lm_task, 2)
+    out, err = capfd.readouterr()
+    bars = ("it/s", "?it/s")  # tqdm's, which the command line switches off by TQDM_DISABLE
+    assert (
+        out == ""
+        and [
+            line for line in err.replace("\r", "\n").split("\n") if line and not any(b in line for b in bars)
+        ]
+        == []
+    )
+    assert logging.getLogger("lm_eval").getEffectiveLevel() >= logging.ERROR
+
+
+# -- heads ----------------------------------------------------------------------------------------------
+
+
+def bert(labels: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=labels, **size)).eval()
+
+
+def head_rows(kind: str) -> list[Example]:
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 15, (17,), generator=g).tolist()
+    return [
+        Example(
+            torch.randint(3, 50, (n,), generator=g).tolist(),
+            target=i % 3 if kind == "classification" else i / 3,
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("classification", ["acc"]), ("regression", ["pearson", "spearman"])]
+)
+def test_a_head_is_scored_row_by_row(kind: str, names: list[str], size: int) -> None:
+    from peftzoo.scoring import metrics
+
+    model, rows = bert(3 if kind == "classification" else 1), head_rows(kind)
+    expected = []
+    for e in rows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([e.ids])).logits[0]
+        expected.append(float(logits.argmax() if kind == "classification" else logits[0]))
+    found = evaluation.head(model, rows, names, kind, evaluation.Scale(), 0, size)
+    assert [o["row"] for o in found.outcomes] == list(range(17))
+    assert [o["answer"] for o in found.outcomes] == pytest.approx(expected, abs=1e-5)
+    truth = metrics.compute(names, expected, [float(e.target) for e in rows])
+    assert found.metrics == {k: pytest.approx(v, abs=1e-4) for k, v in truth.items()}
+    assert found.rows == 17 and found.unparsed is None and set(found.stderr) == set(names)
+
+
+def test_a_scale_gives_answers_in_the_tasks_own_units() -> None:
+    """The head learns (target - mean) / spread; answers and references come back as the task has them."""
+    model, rows, scale = bert(1), head_rows("regression"), evaluation.Scale(2.5, 1.5)
+    learned = [Example(e.ids, target=(e.target - 2.5) / 1.5) for e in rows]
+    plain = evaluation.head(model, rows, ["pearson"], "regression", evaluation.Scale(), 0, 4)
+    scaled = evaluation.head(model, learned, ["pearson"], "regression", scale, 0, 4)
+    for a, b in zip(plain.outcomes, scaled.outcomes, strict=True):
+        assert b["answer"] == pytest.approx(a["answer"] * 1.5 + 2.5, abs=1e-5)
+    assert scaled.metrics["pearson"] == pytest.approx(plain.metrics["pearson"], abs=1e-6)
+
+
+def test_the_embedded_model_takes_a_head() -> None:
+    loaded = models.load("embedded", head=models.Head("regression", 1))
+    rows = [
+        batches.head_example(loaded.tokenizer, (r["sentence1"], r["sentence2"]), r["label"], 64)
+        for r in few("stsb", 6).test
+    ]
+    pad = loaded.tokenizer.pad_token_id
+    whole = evaluation.head(loaded.model, rows, ["pearson"], "regression", evaluation.Scale(), pad, 6)
+    single = evaluation.head(loaded.model, rows, ["pearson"], "regression", evaluation.Scale(), pad, 1)
+    for a, b in zip(whole.outcomes, single.outcomes, strict=True):
+        assert a["answer"] == pytest.approx(b["answer"], abs=1e-4), "padding changes an answer"
