@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def say(monkeypatch, capsys):
+def run_cli(monkeypatch, capsys):
     """say("list methods") -> (exit code, standard output, standard error), in this process."""
 
     from peftzoo import cli

@@ -72,7 +72,7 @@ def scoring(names: tuple[str, ...], task_name: str, rows: int) -> dict[str, list
         begin = time.perf_counter()
         for member in members:
             with member.on():
-                evaluation.language(loaded.model.eval(), loaded.tokenizer, lm_task, rows)
+                evaluation.score_language(loaded.model.eval(), loaded.tokenizer, lm_task, rows)
         middle = time.perf_counter()
         _pack_scoring.scores(
             Pack(members), [*range(len(members))], loaded.model, loaded.tokenizer, task, found, rows

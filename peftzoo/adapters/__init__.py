@@ -11,7 +11,7 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["handle", "references", "saving"],
+    submodules=["atomic", "handle", "references", "saving", "trainer"],
     submod_attrs={
         "atomic": ["write_atomically"],
         "handle": ["Attached", "attach", "configure"],

@@ -64,7 +64,7 @@ def attach(
     return Attached(ctx, method, head, install)
 
 
-Kept = tuple[nn.Module, Tensor, nn.Parameter | None, Tensor | None]
+SavedLayer = tuple[nn.Module, Tensor, nn.Parameter | None, Tensor | None]
 """A layer before merging: module, weight values, bias, bias values."""
 
 
@@ -86,7 +86,7 @@ class Attached:
             if install:
                 self._install()
         except Exception:
-            self._thaw()
+            self._restore_requires_grad()
             raise
 
     def _place(self, ctx: Context, params: dict[str, nn.Parameter], head: tuple[str, ...]) -> None:
@@ -111,7 +111,7 @@ class Attached:
         if adapter.trains and not self.parameters():
             raise UserError(f'method "{adapter.name}" finds nothing to train in {type(ctx.model).__name__}')
 
-    def _thaw(self) -> None:
+    def _restore_requires_grad(self) -> None:
         for p in self.model.parameters():
             p.requires_grad_(False)
         for p in self._free:
@@ -207,7 +207,7 @@ class Attached:
     def detach(self) -> nn.Module:
         """Take every part off. The model is as before, bit for bit, except for values that were unfrozen."""
         self._uninstall()
-        self._thaw()
+        self._restore_requires_grad()
         return self.model
 
     @contextmanager
@@ -232,44 +232,44 @@ class Attached:
 
     def merge(self) -> nn.Module:
         """Add the weight changes to the base for good and take the parts off."""
-        self._fold()
+        self._merge_all()
         return self.detach()
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
         """The merged model inside a `with`; afterwards base and parts are as they were, bit for bit."""
-        kept = self._fold()
+        saved = self._merge_all()
         try:
             yield self.model
         finally:
-            self._unfold(kept)
+            self._restore(saved)
 
-    def _unfold(self, kept: list[Kept]) -> None:
-        for module, W, bias, b in kept:
+    def _restore(self, saved: list[SavedLayer]) -> None:
+        for module, W, bias, b in saved:
             module.weight.data, module.bias = W, bias
             if bias is not None:
                 bias.data = b
         self._install()
 
     @torch.no_grad()
-    def _fold(self) -> list[Kept]:
+    def _merge_all(self) -> list[SavedLayer]:
         """Put merged values into the base, all or none; returns what was there before."""
         if not self.adapter.mergeable:
             raise UserError(f'method "{self.adapter.name}" cannot be merged into the base weights')
         self._refuse_tied()
         self._uninstall()
-        kept: list[Kept] = []
+        saved: list[SavedLayer] = []
         try:
             for part in self.adapter.parts.values():
                 if part.site.kind == LINEAR:
                     module = part.site.module
                     bias = module.bias
-                    kept.append((module, module.weight.data, bias, None if bias is None else bias.data))
-                    _fold_one(part)
+                    saved.append((module, module.weight.data, bias, None if bias is None else bias.data))
+                    _merge_one(part)
         except Exception:
-            self._unfold(kept)
+            self._restore(saved)
             raise
-        return kept
+        return saved
 
     def _refuse_tied(self) -> None:
         """A weight that two modules share cannot take the change of one of them."""
@@ -284,7 +284,7 @@ class Attached:
                 )
 
 
-def _fold_one(part: Part) -> None:
+def _merge_one(part: Part) -> None:
     site, module = part.site, part.site.module
     W, bias = site.weight, module.bias
     new = (W.float() + part.delta(W.float())).to(W.dtype)

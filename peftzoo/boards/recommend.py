@@ -31,7 +31,7 @@ def alike(record: Record, task: str) -> bool:
     if word in record.task.lower() or word == record.suite.lower():
         return True
     known = record.task in task_files.tasks() or record.task in task_files.groups()
-    return known and word in getattr(task_files.course(record.task).about, "title", "").lower()
+    return known and word in getattr(task_files.task_group(record.task).about, "title", "").lower()
 
 
 def recommend(records: list[Record], model: str, task: str, max_trainable: int | None = None,

@@ -18,7 +18,7 @@ from peftzoo.records.schema import Record, Score, number
 BASELINE = "lora"
 """The method that all others are tested against, besides the best."""
 
-TOLD = ("id", "files", "cut", "train", "trained_on")
+DATA_FIELDS = ("id", "files", "cut", "train", "trained_on")
 """What the record says of its rows, scored and trained on."""
 BUDGET = ("steps", "batch_size", "recipe", "tuning")
 SHARED = ("task", "task_version", "model", "weights", "source", "data", "protocol", "average", "view", "rows",
@@ -40,7 +40,7 @@ def _row(r: Record) -> dict[str, Any]:
     prompt = ", loss on the prompt too" if t.get("train_on_prompt") else ""
     return {
         "task": r.task, "task_version": r.task_version, "model": r.model, "weights": digest(r.model_source),
-        "source": _word(r.data.get("source")), "data": digest([r.data.get(k) for k in TOLD]),
+        "source": _word(r.data.get("source")), "data": digest([r.data.get(k) for k in DATA_FIELDS]),
         "protocol": r.protocol, "average": r.average, "view": r.view,
         "rows": number(r.data.get("scored_rows")),
         "max_length": number(t.get("max_length")), "max_new_tokens": r.max_new_tokens,

@@ -60,7 +60,7 @@ def bench(
     from peftzoo.contract.registry import methods
     from peftzoo.errors import UserError
     from peftzoo.runs.packs import parse
-    from peftzoo.runs.plan import Request, check
+    from peftzoo.runs.plan import Request, resolve
     from peftzoo.runs.trackers import tracker
     from peftzoo.tasks import task_files
 
@@ -80,7 +80,7 @@ def bench(
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     tracker(track)
-    size, room = parse("--pack", pack)
+    size, memory_budget = parse("--pack", pack)
     if size == 1 and score_together is not None:
         raise UserError("--score-together and --score-apart are for packs: add --pack N")
     if size != 1 and track != "none":
@@ -97,14 +97,19 @@ def bench(
     ]
     with redirect_stdout(sys.stderr):
         output.folder(out)
-        requests, notes = check(requests, skip="all" in (method, task) or bool(groups))
+        plans, notes = resolve(requests, skip="all" in (method, task) or bool(groups))
         for note in notes:
             output.note(note)
         if size == 1:
-            done = _all(requests, out, force, track)
+            done = _all(plans, out, force, track)
         else:
-            how = {"size": size, "room": room, "force": force, "score_together": score_together}
-            done = _packs(requests, out, how)
+            how = {
+                "size": size,
+                "memory_budget": memory_budget,
+                "force": force,
+                "score_together": score_together,
+            }
+            done = _packs(plans, out, how)
     if _is_main_process():
         report(done, json, groups)
     if any(record.status != "ok" for record, _, _ in done):
@@ -137,7 +142,7 @@ def _is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
+def _all(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -152,7 +157,8 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
         disable=not (console.is_terminal and _is_main_process()),
     )  # fmt: skip
     with bar:
-        for request in requests:
+        for plan in plans:
+            request = plan.request
             title = f"{request.method} on {request.task}, seed {request.seed}"
             line = bar.add_task(f"{title}: loading", total=1, values="")
 
@@ -164,7 +170,7 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
                 )
                 bar.update(line, description=f"{title}: {words}", completed=step, total=total, values=shown)
 
-            record, path, new = run(request, out, force=force, progress=follow, tracker=tracker(track))
+            record, path, new = run(plan, out, force=force, progress=follow, tracker=tracker(track))
             word = record.status if new else "on record (--force runs it again)"
             bar.update(line, description=f"{title}: {word}", completed=1, total=1, values=short(record))
             if bar.disable and _is_main_process():  # a log file gets a line per run
@@ -173,7 +179,7 @@ def _all(requests: list[Any], out: Path, force: bool, track: str) -> list[Any]:
     return done
 
 
-def _packs(requests: list[Any], out: Path, how: dict[str, Any]) -> list[Any]:
+def _packs(plans: list[Any], out: Path, how: dict[str, Any]) -> list[Any]:
     """Runs of one task and model in packs, with a line for each."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -181,8 +187,8 @@ def _packs(requests: list[Any], out: Path, how: dict[str, Any]) -> list[Any]:
     from peftzoo.runs.packs import run_packs
 
     by_task: dict[str, list[Any]] = {}
-    for request in requests:
-        by_task.setdefault(request.task, []).append(request)
+    for plan in plans:
+        by_task.setdefault(plan.request.task, []).append(plan)
     done, console = [], Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),

@@ -32,7 +32,7 @@ def import_(
     with redirect_stdout(sys.stderr):
         found = peft_import.read(folder)
         loaded = saved_runs.load_model(found, model)
-        handle, told = peft_import.adopt(found, loaded.model)
+        handle, told = peft_import.import_adapter(found, loaded.model)
         size = saving.save(handle, out, model=loaded.name, imported=told)
     if json:
         output.as_json(told | {"folder": str(out), "bytes": size, "model": loaded.name})

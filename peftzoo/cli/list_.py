@@ -80,16 +80,16 @@ def tasks() -> list[dict[str, Any]]:
     from peftzoo.tasks import task_files
 
     together = [name for name in task_files.groups() if task_files.expand([name]) == [name]]
-    found = [_course(task_files.course(name)) for name in [*task_files.tasks(), *together]]
+    found = [_task_group(task_files.task_group(name)) for name in [*task_files.tasks(), *together]]
     return sorted(found, key=lambda row: (row["suite"], row["name"]))
 
 
-def _course(course: Any) -> dict[str, Any]:
+def _task_group(task_group: Any) -> dict[str, Any]:
     """A task, or the tasks of a group that is trained together, as one row."""
     from peftzoo.tasks import sources
 
     mirror = sources.mirror_folder(None)
-    about, members = course.about, course.tasks
+    about, members = task_group.about, task_group.tasks
     metric = members[0].extra.metric if len(members) == 1 else f"mean of {len(members)} tasks"
     made = [t for t in members if t.extra.embedded]
     rows = sum(
@@ -97,7 +97,7 @@ def _course(course: Any) -> dict[str, Any]:
     )
     heads = {t.extra.head.kind for t in members if t.extra.head}
     return {
-        "suite": about.suite, "name": course.name, "title": about.title, "metric": metric,
+        "suite": about.suite, "name": task_group.name, "title": about.title, "metric": metric,
         "protocol": [about.protocol, *about.protocols], "causal": members[0].extra.causal,
         "head": "/".join(sorted(heads)) or None, "embedded_rows": rows or None,
         "sources": [s for s in sources.SOURCES if all(s in sources.sources(t, mirror) for t in members)],

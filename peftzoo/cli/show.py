@@ -72,7 +72,9 @@ def _show_group(name: str, members: tuple[str, ...], json: bool) -> None:
     from peftzoo.tasks import task_files
 
     about = (
-        task_files.course(name).about.model_dump(mode="json") if task_files.expand([name]) == [name] else {}
+        task_files.task_group(name).about.model_dump(mode="json")
+        if task_files.expand([name]) == [name]
+        else {}
     )
     if json:
         output.as_json({"group": name, "tasks": list(members), **about})

@@ -29,7 +29,7 @@ def sweep(
     """Do every run of a sweep. What is on record is not done again; what was interrupted goes on."""
     from peftzoo.errors import UserError, unknown
     from peftzoo.runs import packs
-    from peftzoo.runs.plan import check
+    from peftzoo.runs.plan import resolve
     from peftzoo.sweeps import sweep_file as engine
 
     if executor not in ("local", "ray"):
@@ -39,21 +39,23 @@ def sweep(
     output.load_plugins(plugin)
     wanted = engine.read(file)
     with redirect_stdout(sys.stderr):
-        requests, notes = check(wanted.requests(), skip=wanted.gathers)
+        plans, notes = resolve(wanted.requests(), skip=wanted.gathers)
         for note in notes:
             output.note(note)
-        studies = _studies(wanted, requests)
-        requests = [] if studies else requests
+        studies = _studies(wanted, [p.request for p in plans])
+        plans = [] if studies else plans
         if dry_run:
-            plan = _plan(requests, studies, out)
+            rows = _plan(plans, studies, out)
         else:
             output.folder(out)
             size = packs.parse("pack", wanted.pack)
-            driven = _do(requests, studies, out, workers, (executor, address), plugin, size)
+            scheduler = _do(
+                [p.request for p in plans], studies, out, workers, (executor, address), plugin, size
+            )
     if dry_run:
-        _show_plan(plan, json)
+        _show_plan(rows, json)
     else:
-        _report(driven, json)
+        _report(scheduler, json)
 
 
 def _studies(wanted: Any, requests: list[Any]) -> list[Any]:
@@ -69,13 +71,13 @@ def _studies(wanted: Any, requests: list[Any]) -> list[Any]:
     return found
 
 
-def _plan(requests: list[Any], studies: list[Any], out: Path) -> list[dict[str, Any]]:
+def _plan(plans: list[Any], studies: list[Any], out: Path) -> list[dict[str, Any]]:
     """A row per run; of a search, a row for its trials and one for the runs after it."""
     from peftzoo.errors import UserError
     from peftzoo.records import store
     from peftzoo.runs.estimates import Estimates
-    from peftzoo.runs.plan import Plan
-    from peftzoo.runs.run import blank
+    from peftzoo.runs.plan import resolved
+    from peftzoo.runs.run import new_record
 
     found = [*store.read_all(out)] if out.is_dir() else []
     for error in (f for f in found if isinstance(f, UserError)):
@@ -83,12 +85,13 @@ def _plan(requests: list[Any], studies: list[Any], out: Path) -> list[dict[str, 
     estimates, rows = Estimates(r for r in found if not isinstance(r, UserError)), []
 
     def row(request: Any, kind: str, times: int, there: bool = False) -> dict[str, Any]:
-        record = blank(Plan(request))
+        plan = resolved(request)
+        record = new_record(plan)
         guess, c = estimates.of(record), record.train_config
         started = out / "checkpoints" / f"{record.id}-s{record.seed}.safetensors"
         there = there or (kind == "run" and store.path(out, record).is_file())
         state = "done" if there else "half done" if kind == "run" and started.is_file() else "to do"
-        given = ", ".join(f"{k}={v}" for k, v in request.options.items())
+        given = ", ".join(f"{k}={v}" for k, v in plan.request.options.items())
         return {
             "kind": kind, "times": times, "state": state, "method": record.method, "task": record.task,
             "model": record.model, "seed": record.seed, "steps": c["steps"], "batch_size": c["batch_size"],
@@ -96,8 +99,7 @@ def _plan(requests: list[Any], studies: list[Any], out: Path) -> list[dict[str, 
             "seconds": guess.seconds, "memory": guess.memory, "basis": guess.basis,
         }  # fmt: skip
 
-    for request in requests:
-        rows.append(row(request, "run", 1))
+    rows += [row(plan, "run", 1) for plan in plans]
     for study in studies:
         done, left = study.replay(out / "tuning")
         rows += [row(study.sample(), "trial", done, there=True)] if done else []
@@ -154,13 +156,13 @@ def _mib(memory: int | None) -> str:
 
 def _do(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
         where: tuple[str, str | None], plugins: list[str], pack: tuple[Any, Any]) -> Any:  # fmt: skip
-    from peftzoo.sweeps.scheduler import Drive
+    from peftzoo.sweeps.scheduler import Scheduler
 
     out, files = out.resolve(), [str(Path(p).resolve()) for p in plugins]
     total = len(requests) + sum(s.search.trials * bool(s.space) + len(s.seeds) for s in studies)
     with _Shown(total) as shown:
         executor = _executor(where, workers, out, files, shown)
-        drive = Drive(executor, out, shown.tell, shown.note)
+        drive = Scheduler(executor, out, shown.tell, shown.note)
         shown.note(f"{shown.total} runs, {executor.count} at once, {executor.threads} threads each")
         try:
             drive.do(requests, studies, pack)
@@ -175,12 +177,12 @@ def _do(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
 def _executor(where: tuple[str, str | None], workers: int | None, out: Path, plugins: list[str],
               shown: _Shown) -> Any:  # fmt: skip
     if where[0] == "ray":
-        from peftzoo.sweeps.ray_executor import Cluster
+        from peftzoo.sweeps.ray_executor import RayExecutor
 
-        return Cluster(where[1], workers, out, plugins)
-    from peftzoo.sweeps.executors import Local
+        return RayExecutor(where[1], workers, out, plugins)
+    from peftzoo.sweeps.executors import ProcessExecutor
 
-    return Local(workers, plugins, shown.follow)
+    return ProcessExecutor(workers, plugins, shown.follow)
 
 
 class _Shown:
@@ -213,7 +215,7 @@ class _Shown:
             self.lines[worker] = self.bar.add_task("", total=1, values="")
         r, words = job.request, {"load": "loading", "train": "training", "score": "scoring"}[stage]
         title = f"{r.method} on {r.task}, seed {r.seed}"
-        if job.mates:
+        if job.companions:
             title = f"{len(job.requests)} runs on {r.task}"
         self.bar.update(
             self.lines[worker], completed=step, total=total,

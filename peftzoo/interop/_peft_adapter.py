@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftzoo.contract import EMBED, LINEAR, Adapter, Part, Site, find_sites
 from peftzoo.errors import NeedsWeights, UserError
-from peftzoo.interop._peft_injection import REFUSALS, injected, is_matrix, make_config, swap
+from peftzoo.interop._peft_injection import REFUSALS, is_matrix, make_config, swap, with_peft_layers
 
 _FILLED = 2**28
 """Parameters up to which a bare shape is filled with noise for a tuner that looks at the weights."""
@@ -23,7 +23,7 @@ _FILLED = 2**28
 class Layer(Part):
     """PEFT's layer around one site. It calls its base, which leads back here: then the base answers."""
 
-    def __init__(self, site: Site, owner: Injected) -> None:
+    def __init__(self, site: Site, owner: PeftTunerAdapter) -> None:
         super().__init__(site, owner)
         self.inside = False
 
@@ -71,7 +71,7 @@ class Layer(Part):
         return None if self.site.bias is None else self.site.bias.detach().float()
 
 
-class Injected(Adapter):
+class PeftTunerAdapter(Adapter):
     """One of PEFT's tuners; the class of a type is made by `get`."""
 
     family = "HF PEFT"
@@ -137,7 +137,7 @@ class Injected(Adapter):
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.ctx.seed)
-            with injected(model, config) as theirs:
+            with with_peft_layers(model, config) as theirs:
                 tuner = theirs.base_model
                 self.layers = _layers(model)
                 inside = {id(p) for layer in self.layers.values() for p in layer.parameters()}

@@ -36,7 +36,7 @@ def make_config(cls: type, **values: Any) -> Any:
 
 
 @contextmanager
-def injected(model: nn.Module, config: Any, *, may_edit: bool = False) -> Iterator[Any]:
+def with_peft_layers(model: nn.Module, config: Any, *, may_edit: bool = False) -> Iterator[Any]:
     """PEFT's model around `model` inside a `with`; afterwards tree and weights are as they were.
 
     Raises `UserError` with PEFT's own words when it refuses the config or the model, and when it changes base

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftzoo.adapters import Attached, write_atomically
 from peftzoo.contract import LINEAR, Part
 from peftzoo.errors import UserError
-from peftzoo.interop._peft_injection import injected, library, make_config
+from peftzoo.interop._peft_injection import library, make_config, with_peft_layers
 
 REPORT = "peftzoo.json"
 """Beside the exported files: method, options, seed, and how exact the export is."""
@@ -49,7 +49,7 @@ def to_peft(handle: Attached, folder: Path, base: str | None = None) -> dict[str
     ours = outputs(handle.model)
     with handle.off() as model:
         plain = outputs(model)
-        with injected(model, config) as theirs:
+        with with_peft_layers(model, config) as theirs:
             copy_into(theirs, state)
             assert_same(adapter.name, ours, outputs(theirs), plain)
             with _made_whole(folder) as into:
@@ -88,7 +88,7 @@ def to_lora(
     overall = (sum(left.values()) / max(sum(whole.values()), 1e-300)) ** 0.5
     facts = {"rank": r, "needed_rank": needed, "exact": max(layers.values()) <= EXACT, "error": overall}
     facts |= {"largest_error": max(layers.values()), "layer_errors": layers}
-    with handle.off() as model, injected(model, config) as theirs, _made_whole(folder) as into:
+    with handle.off() as model, with_peft_layers(model, config) as theirs, _made_whole(folder) as into:
         copy_into(theirs, state)
         _write_peft(theirs, config, into, base)
         return _report(handle, into, "lora", **facts)

@@ -32,7 +32,7 @@ _PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pa
 
 
 @dataclasses.dataclass
-class Found:
+class PeftFolder:
     """An adapter folder of PEFT, checked but not yet on a model."""
 
     config: dict[str, Any]
@@ -66,7 +66,7 @@ def _own_name(key: str) -> str:
     return key.removeprefix("base_model.model.").replace(".modules_to_save.", ".")
 
 
-def read(folder: Path) -> Found:
+def read(folder: Path) -> PeftFolder:
     """Read the folder. Raises `UserError` for whatever is missing, damaged, pickled or not PEFT's."""
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
@@ -87,7 +87,7 @@ def read(folder: Path) -> Found:
     if bad := [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise UserError(f'"{folder.name}": tensor "{bad[0]}" holds numbers that are not finite')
     hint = _json(folder / REPORT) if (folder / REPORT).is_file() else {}
-    return Found(config, tensors, hint if hint.get("to") == "peft" else {})
+    return PeftFolder(config, tensors, hint if hint.get("to") == "peft" else {})
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def adopt(found: Found, model: nn.Module) -> tuple[Attached, dict[str, Any]]:
+def import_adapter(found: PeftFolder, model: nn.Module) -> tuple[Attached, dict[str, Any]]:
     """Attach the adapter to `model` as our method, or as `hf:TYPE`; returns it and what is worth telling."""
     whole = found.whole()
     head = {n: whole[n] for n, _ in model.named_parameters() if n in whole}
@@ -153,7 +153,7 @@ def _same(ours: Attached, want: Tensor, plain: Tensor) -> bool:
 # -- which of our methods, with which options ------------------------------------------------------------
 
 
-def _candidates(found: Found, theirs: Attached, head: tuple[str, ...]) -> Iterator[Attached]:
+def _candidates(found: PeftFolder, theirs: Attached, head: tuple[str, ...]) -> Iterator[Attached]:
     """Our methods attached with options that PEFT's config asks for; first what our own export noted."""
     model = theirs.model
     want = theirs.adapter.options

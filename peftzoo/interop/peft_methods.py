@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, creat
 
 from peftzoo.contract import Adapter, Config, Targets, registry
 from peftzoo.errors import UserError, unknown
-from peftzoo.interop._peft_adapter import Injected
+from peftzoo.interop._peft_adapter import PeftTunerAdapter
 from peftzoo.interop._peft_injection import library
 
 PREFIX = "hf:"
@@ -88,7 +88,7 @@ def _make(kind: str) -> type[Adapter]:
         "card": f"{_first_paragraph(config.__doc__)}\n{note}\n\n{_how()}",
         "__module__": __name__, "__qualname__": name,
     }  # fmt: skip
-    return type(name, (Injected,), facts)
+    return type(name, (PeftTunerAdapter,), facts)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from peftzoo.records.schema import Record
 
 
 @dataclass
-class Opened:
+class OpenedAdapter:
     """A saved adapter on its model."""
 
     handle: Attached
@@ -63,7 +63,7 @@ def _of_run(what: str, root: Path, ids: list[str]) -> Path:
     return root / "adapters" / ids[0]
 
 
-def load(folder: Path, model: str | None = None) -> Opened:
+def load(folder: Path, model: str | None = None) -> OpenedAdapter:
     """The adapter in `folder` on the model that it says it belongs to, or on `model`."""
     card, tensors = saving.read(folder)
     name = model or card.get("model")
@@ -81,10 +81,10 @@ def load(folder: Path, model: str | None = None) -> Opened:
                 f"the base of this run was pruned with data ({pruned}), which is not at hand here"
             )
         pruning.prune(loaded.model, how, list)
-    return Opened(saving.load(loaded.model, folder, tokenizer=loaded.tokenizer), loaded, card)
+    return OpenedAdapter(saving.load(loaded.model, folder, tokenizer=loaded.tokenizer), loaded, card)
 
 
-def load_model(found: peft_import.Found, name: str | None = None) -> models.Loaded:
+def load_model(found: peft_import.PeftFolder, name: str | None = None) -> models.Loaded:
     """The model of a PEFT folder: `name`, or the one on the Hub that the folder names."""
     named = found.config.get("base_model_name_or_path")
     by_hub = {facts["hub"]: alias for alias, facts in catalogue.aliases().items()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftzoo.adapters import attach
 from peftzoo.runs._packed_adapter import Pack
-from peftzoo.scoring.evaluation import Scores, asked, harness_task
+from peftzoo.scoring.evaluation import Scores, harness_task, run_tasks
 from peftzoo.scoring.language_model import LanguageModel
 from peftzoo.tasks.schema import Task
 
@@ -42,7 +42,7 @@ def scores(pack: Pack, members: list[int], model: nn.Module, tokenizer: Any, tas
     handle = attach(model, pack)
     try:
         model.eval()
-        return asked(PackedModel(pack, model, tokenizer, size, autocast), tasks, task.extra.metric)
+        return run_tasks(PackedModel(pack, model, tokenizer, size, autocast), tasks, task.extra.metric)
     finally:
         handle.detach()
         pack.release()

@@ -35,7 +35,7 @@ class Pack(Adapter):
     def __init__(self, members: Sequence[Attached]) -> None:
         super().__init__()
         for member in members:
-            if reason := unfit(member):
+            if reason := pack_refusal(member):
                 raise UserError(f'method "{member.adapter.name}" cannot share the base: {reason}')
         self.members = nn.ModuleList(member.adapter for member in members)
         self.active: list[Slice] = []
@@ -81,7 +81,7 @@ class Pack(Adapter):
             self.active = kept
 
     @contextmanager
-    def alone(self, member: int, count: int) -> Iterator[None]:
+    def single(self, member: int, count: int) -> Iterator[None]:
         """Inside the `with`, all rows are those of one member."""
         kept, self.active = self.active, [(member, 0, count)]
         try:
@@ -115,7 +115,7 @@ class Packed(Part):
                     return joint.of(member)
                 return base(*args, **named)
 
-            with pack.alone(member, counts[member]):
+            with pack.single(member, counts[member]):
                 pieces.append(self.own[member](ask, *mine[0], **mine[1]))
         self.apart |= {member for member in given if member in self.own and member not in joint.asked}
         return pieces[0] if len(pieces) == 1 else _join(*pieces)
@@ -152,7 +152,7 @@ class Joint:
         self.pieces = dict(zip(mine, _split(out, [*mine.values()]), strict=True))
 
 
-def unfit(member: Attached) -> str:
+def pack_refusal(member: Attached) -> str:
     """Why this method cannot share its base with others; empty where it can."""
     if member.adapter.edits_base or member.unfrozen:
         return "it changes the base's own weights"

@@ -29,7 +29,7 @@ from peftzoo.scoring import evaluation
 from peftzoo.tasks import run_data, sources, task_files
 from peftzoo.training import batches
 from peftzoo.training.config import TrainConfig, auto_precision
-from peftzoo.training.loop import Loop, NonFinite, Training
+from peftzoo.training.loop import Loop, NonFinite, TrainingStats
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, total)"""
@@ -60,7 +60,7 @@ class Subject:
 
     def __init__(self, name: str, request: Request, tokenizer: Any) -> None:
         task, mirror = task_files.get(name), sources.mirror_folder(request.data)
-        source = sources.choose(request.source, request.model, mirror, named=request.data is not None)
+        source = sources.select_source(request.source, request.model, mirror, named=request.data is not None)
         self.task, self.seen, self.tokenizer = task, name in request.tasks, tokenizer
         self.rows = sources.load(task, source, mirror)
         if request.limit:
@@ -69,7 +69,7 @@ class Subject:
         self.metric = task.extra.metric if task.extra.metric in task.metrics() else task.metrics()[0]
         self.bare = self._prompts("")
         shots = ["".join(self._example(self.rows.train[i])) for i in range(request.shots)]
-        self.description = "\n\n".join([task.words.strip(), *shots])
+        self.description = "\n\n".join([task.instruction.strip(), *shots])
         self.told = self._prompts("{% raw %}" + self.description + "\n\n{% endraw %}")
 
     def _prompts(self, front: str) -> Any:
@@ -119,8 +119,8 @@ def prepare(request: Request) -> tuple[models.Loaded, Adapter, list[Subject]]:
 
 def overlaps(subjects: list[Subject]) -> dict[str, Any]:
     """Scored rows of any task that are training rows of a seen one, where their task allows for it."""
-    parts = [run_data.Part(s.task, s.rows) for s in subjects]
-    return run_data.overlaps(parts, [run_data.Lesson(s.task, s.rows.train) for s in subjects if s.seen])
+    parts = [run_data.EvalSet(s.task, s.rows) for s in subjects]
+    return run_data.overlaps(parts, [run_data.TrainSet(s.task, s.rows.train) for s in subjects if s.seen])
 
 
 def train_config(request: Request, subjects: list[Subject]) -> TrainConfig:
@@ -141,8 +141,8 @@ def train_config(request: Request, subjects: list[Subject]) -> TrainConfig:
 
 
 def train(
-    attached: Attached, subjects: list[Subject], config: TrainConfig, seed: int, say: Progress
-) -> Training:
+    attached: Attached, subjects: list[Subject], config: TrainConfig, seed: int, on_progress: Progress
+) -> TrainingStats:
     """Train on all seen tasks in turn, each batch of one task and under its description."""
     from accelerate import Accelerator
 
@@ -158,7 +158,7 @@ def train(
         attached, batches.LazyExamples(rows, lambda row: row[0].example(row[1])), config,
         pad=seen[0].tokenizer.pad_token_id, seed=seed,
         accelerator=Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no"),
-        on_step=lambda step, total, *_: say("training", step, total),
+        on_step=lambda step, total, *_: on_progress("training", step, total),
         order=[plans[step % len(seen)][step // len(seen)] for step in range(config.steps)],
         before=lambda batch: attached.adapter.describe(rows[batch[0]][0].description),
     )  # fmt: skip
@@ -170,14 +170,16 @@ def train(
 
 def score(loaded: models.Loaded, subject: Subject, prompts: Any, size: int, precision: str) -> dict[str, Any]:
     """Score on the task's rows, and milliseconds per row in batches of `size`."""
-    found = evaluation.language(loaded.model, loaded.tokenizer, prompts, size, precision, subject.metric)
+    found = evaluation.score_language(
+        loaded.model, loaded.tokenizer, prompts, size, precision, subject.metric
+    )
     return {
         "value": found.metrics[subject.metric], "stderr": found.stderr.get(subject.metric),
         "row_ms": round(found.seconds / found.rows * 1e3, 3),
     }  # fmt: skip
 
 
-def run(request: Request, out: Path, say: Progress = lambda *_: None) -> dict[str, Any]:
+def run(request: Request, out: Path, on_progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Train, save the generator in `out`, and report per task what the description costs and gives.
 
     `bare`: the base on the prompt alone; `told`: the base with the description in front of it; `written`: the
@@ -193,17 +195,17 @@ def run(request: Request, out: Path, say: Progress = lambda *_: None) -> dict[st
     }
     options = request.eval_batch, config.precision
     for number, s in enumerate(subjects):
-        say("scoring the base", number, len(subjects))
+        on_progress("scoring the base", number, len(subjects))
         tasks[s] |= {"bare": score(loaded, s, s.bare, *options), "told": score(loaded, s, s.told, *options)}
     attached = attach(loaded.model, adapter, seed=request.seed, tokenizer=loaded.tokenizer)
-    done = train(attached, subjects, config, request.seed, say)
+    done = train(attached, subjects, config, request.seed, on_progress)
     adapter.describe("")  # a generator on its own stands for no task
     method_config = adapter.config.model_dump(mode="json")
     saving.save(
         attached, out / "generator", model=loaded.name, tasks=[s.task.name for s in subjects if s.seen]
     )
     for number, s in enumerate(subjects):
-        say("writing and scoring", number, len(subjects))
+        on_progress("writing and scoring", number, len(subjects))
         begin = time.perf_counter()
         adapter.describe(s.description)
         with attached.merged():

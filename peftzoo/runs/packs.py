@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,20 @@ from peftzoo.records import store
 from peftzoo.records.schema import Record
 from peftzoo.runs import _pack_scoring
 from peftzoo.runs._pack_loop import PackLoop
-from peftzoo.runs._packed_adapter import unfit
-from peftzoo.runs.plan import Plan, Request
-from peftzoo.runs.run import Busy, Done, alone, blank, load, make_accelerator, run, tidy, why
-from peftzoo.runs.runner import Progress, Work
+from peftzoo.runs._packed_adapter import pack_refusal
+from peftzoo.runs.plan import Plan, Request, resolved
+from peftzoo.runs.run import (
+    Busy,
+    Done,
+    describe_failure,
+    load_model,
+    make_accelerator,
+    new_record,
+    remove_checkpoints,
+    run,
+    run_lock,
+)
+from peftzoo.runs.runner import Progress, Runner
 from peftzoo.scoring.evaluation import Scores
 from peftzoo.training.loop import Loop
 from peftzoo.units import amount
@@ -35,15 +45,15 @@ class Member:
     """One run of a pack: its place in the list of requests, and its lock until the record is written."""
 
     place: int
-    work: Work
+    runner: Runner
     loop: Loop
     lock: ExitStack
 
 
-def run_packs(requests: list[Request], out: Path, *, size: int | None = None, room: int | None = None,
-              force: bool = False, progress: Progress | None = None, accelerator: Any = None,
-              note: Callable[[str], None] = lambda _: None, score_together: bool | None = None,
-              sharing: int = 1) -> list[Done]:  # fmt: skip
+def run_packs(requests: Sequence[Request | Plan], out: Path, *, size: int | None = None,
+              memory_budget: int | None = None, force: bool = False, progress: Progress | None = None,
+              accelerator: Any = None, note: Callable[[str], None] = lambda _: None, score_together: bool | None = None,
+              jobs_per_device: int = 1) -> list[Done]:  # fmt: skip
     """Do several runs of one model and task in packs of up to `size` runs.
 
     Without `size`, each pack has as many as fit into `room` bytes beside the model (by default most of what
@@ -56,35 +66,48 @@ def run_packs(requests: list[Request], out: Path, *, size: int | None = None, ro
     a single run is. By default on a GPU, where starting kernels takes the time; a CPU scores merged models
     faster.
     """
-    say, plans = progress or (lambda *_: None), [Plan(r) for r in requests]
+    on_progress, plans = progress or (lambda *_: None), [resolved(r) for r in requests]
     _alike(plans)
-    say("load", 0, 1, {})
+    on_progress("load", 0, 1, {})
     accelerator = accelerator or make_accelerator()
     found: dict[int, Done] = {}
-    targets = [store.path(out, blank(plan)) for plan in plans]
+    targets = [store.path(out, new_record(plan)) for plan in plans]
     if force or not all(target.is_file() for target in targets):
-        together = accelerator.device.type != "cpu" if score_together is None else score_together
-        loaded = load(plans[0])
-        packer = Packer(loaded, out, accelerator, size, room, force, together, say, note, sharing)
+        shared_scoring = accelerator.device.type != "cpu" if score_together is None else score_together
+        loaded = load_model(plans[0])
+        packer = Packer(
+            loaded,
+            out,
+            accelerator,
+            size,
+            memory_budget,
+            force,
+            shared_scoring,
+            on_progress,
+            note,
+            jobs_per_device,
+        )
         found = packer.do(plans)
         del packer, loaded  # and its model: a single run loads its own
         accelerator.free_memory()
-    for place, request in enumerate(requests):
+    for place, plan in enumerate(plans):
         if place not in found:
-            found[place] = run(request, out, force=force, progress=progress, accelerator=accelerator)
+            found[place] = run(plan, out, force=force, progress=progress, accelerator=accelerator)
     return [found[place] for place in range(len(requests))]
 
 
 class Packer:
     """Gathers runs until a pack is full, then does them; `found` are the results by place."""
 
-    def __init__(self, loaded: Loaded, out: Path, accelerator: Any, size: int | None, room: int | None,
-                 force: bool, together: bool, say: Progress, note: Callable[[str], None],
-                 sharing: int = 1) -> None:  # fmt: skip
+    def __init__(self, loaded: Loaded, out: Path, accelerator: Any, size: int | None,
+                 memory_budget: int | None, force: bool, shared_scoring: bool, on_progress: Progress,
+                 note: Callable[[str], None], jobs_per_device: int = 1) -> None:  # fmt: skip
         self.loaded, self.out, self.accelerator, self.force = loaded, out, accelerator, force
-        self.size, self.together, self.say, self.note = size, together, say, note
+        self.size, self.shared_scoring, self.on_progress, self.note = size, shared_scoring, on_progress, note
         loaded.model.to(accelerator.device)
-        self.room = None if size else room or int(USABLE * free(accelerator.device) / sharing)
+        self.memory_budget = (
+            None if size else memory_budget or int(USABLE * free_bytes(accelerator.device) / jobs_per_device)
+        )
         self.used = 0
         self.members: list[Member] = []
         self.found: dict[int, Done] = {}
@@ -100,14 +123,14 @@ class Packer:
         return self.found
 
     def _take(self, place: int, plan: Plan) -> None:
-        record = blank(plan, self.loaded)
-        if plan.choice or plan.pruning or plan.request.hold_out or plan.cls.edits_base:
+        record = new_record(plan)
+        if plan.selection or plan.pruning or plan.request.hold_out or plan.cls.edits_base:
             return  # it changes the model, or looks at rows of its own
-        if (plan.config.micro_batch or plan.config.batch_size) < plan.config.batch_size:
+        if (plan.train_config.micro_batch or plan.train_config.batch_size) < plan.train_config.batch_size:
             return  # a pack takes each run's batch as a whole
         lock = ExitStack()
         try:
-            lock.enter_context(alone(self.out, record, patience=0))
+            lock.enter_context(run_lock(self.out, record, patience=0))
             target = store.path(self.out, record)
             if target.is_file() and not self.force:
                 self.found[place] = store.read(target), target, False
@@ -120,23 +143,25 @@ class Packer:
 
     def _prepared(self, place: int, plan: Plan, record: Record, lock: ExitStack) -> Member | None:
         """None for a run that has to be on its own, also because it does not even begin: `run` says why."""
-        work = Work(plan, self.loaded, record, self.out, lambda *_: None, None, self.accelerator)
+        runner = Runner(plan, self.loaded, record, self.out, lambda *_: None, None, self.accelerator)
         try:
-            loop = work.prepare(fresh=self.force, install=False)
+            loop = runner.prepare(fresh=self.force, install=False)
         except Exception:
             return None
-        if unfit(work.attached):
-            work.attached.detach()
+        if pack_refusal(runner.attached):
+            runner.attached.detach()
             return None
-        return Member(place, work, loop, lock)
+        return Member(place, runner, loop, lock)
 
     def _join(self, member: Member) -> bool:
         """Put the run into the pack, or into the next one if this is full; not if its memory is not known."""
         try:
-            need = share(member.loop) if self.room else 0
+            need = bytes_needed(member.loop) if self.memory_budget else 0
         except Exception:
             return False
-        full = len(self.members) == self.size or (self.room and self.used + need > self.room)
+        full = len(self.members) == self.size or (
+            self.memory_budget and self.used + need > self.memory_budget
+        )
         if self.members and full:
             self._flush()
         self.members.append(member)
@@ -158,45 +183,46 @@ class Packer:
     def _run(self, members: list[Member]) -> None:
         runs = {"runs": float(len(members))}
         pack = PackLoop(
-            [m.loop for m in members], lambda step, total, *_: self.say("train", step, total, runs)
+            [m.loop for m in members], lambda step, total, *_: self.on_progress("train", step, total, runs)
         )
         try:
             pack.run()
         except KeyboardInterrupt as error:
             for member in members:
-                record = member.work.record
-                record.status, record.reason = why(error)
+                record = member.runner.record
+                record.status, record.reason = describe_failure(error)
                 store.supersede(self.out, record)
                 store.write(self.out, record, [])
             raise
         except Exception as error:
-            self.note(f"a pack of {len(members)} broke down ({why(error)[1]}); its runs are done one by one")
+            reason = describe_failure(error)[1]
+            self.note(f"a pack of {len(members)} broke down ({reason}); its runs are done one by one")
             return
-        together = self._scores(members, pack)
+        shared_scoring = self._scores(members, pack)
         for number, member in enumerate(members):
-            self.say("score", number, len(members), runs)
-            self.found[member.place] = self._finished(member, pack, number, together.get(number))
+            self.on_progress("score", number, len(members), runs)
+            self.found[member.place] = self._finished(member, pack, number, shared_scoring.get(number))
 
     def _scores(self, members: list[Member], pack: PackLoop) -> dict[int, dict[str, Scores]]:
         """By number and task, for the runs that are whole; nothing where they cannot be scored together."""
-        whole, first = [n for n in range(len(members)) if n not in pack.broken], members[0].work.plan
+        whole, first = [n for n in range(len(members)) if n not in pack.broken], members[0].runner.plan
         found: dict[int, dict[str, Scores]] = {n: {} for n in whole}
         try:
-            for part in first.parts if whole and self.together else []:
+            for part in first.eval_sets if whole and self.shared_scoring else []:
                 scored = _pack_scoring.scores(
                     pack.pack, whole, self.loaded.model, self.loaded.tokenizer, part.task, part.rows,
-                    first.request.eval_batch, first.config.precision, first.max_new_tokens,
+                    first.request.eval_batch, first.train_config.precision, first.max_new_tokens,
                 )  # fmt: skip
                 for number, scores in zip(whole, scored, strict=True):
                     found[number][part.name] = scores
         except Exception as error:
-            self.note(f"the pack's runs are scored one by one: {why(error)[1]}")
+            self.note(f"the pack's runs are scored one by one: {describe_failure(error)[1]}")
             return {}
         return found
 
     def _finished(self, member: Member, pack: PackLoop, number: int, scores: Any) -> Done:
-        work, record, outcomes = member.work, member.work.record, []
-        work.fill(member.loop.out)
+        runner, record, outcomes = member.runner, member.runner.record, []
+        runner.record_training(member.loop.out)
         record.memory, record.step_time = {}, {}  # a single run's share is not known
         record.packed = {"runs": len(pack.loops)} | {k: v for k, v in pack.memory.items() if v is not None}
         if pack.step_seconds:
@@ -205,14 +231,14 @@ class Packer:
             record.status, record.reason = "failed", pack.broken[number]
         else:
             try:
-                with work.attached.on():
-                    outcomes = work.finish(scores)
+                with runner.attached.on():
+                    outcomes = runner.finish(scores)
             except Exception as error:
-                record.status, record.reason = why(error)
+                record.status, record.reason = describe_failure(error)
         store.supersede(self.out, record)
         target = store.write(self.out, record, outcomes)
         if record.status == "ok":
-            tidy(self.out, record)
+            remove_checkpoints(self.out, record)
         return store.read(target), target, True
 
 
@@ -225,12 +251,12 @@ def parse(option: str, given: str) -> tuple[int | None, int | None]:
         return None, None
     if given.isdecimal() and 0 < int(given) < 2**31:
         return int(given), None
-    if given[-1:].upper() == "B" and (room := amount(option, given)):
-        return None, room
+    if given[-1:].upper() == "B" and (memory_budget := amount(option, given)):
+        return None, memory_budget
     raise UserError(f'{option} "{given}": a number of runs from 1 on, auto, or a size of memory such as 16GB')
 
 
-def share(loop: Loop) -> int:
+def bytes_needed(loop: Loop) -> int:
     """Bytes that a run adds to a pack: its tensors, gradients and moments, and what backward needs.
 
     The last is counted in a forward pass over the run's longest rows; the moments are those of Adam.
@@ -245,7 +271,7 @@ def share(loop: Loop) -> int:
     return 4 * trained + loop.out.memory["saved_for_backward"]
 
 
-def free(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Bytes that are free on this device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
@@ -253,9 +279,9 @@ def free(device: torch.device) -> int:
 def _alike(plans: list[Plan]) -> None:
     """Raise `UserError` unless these runs may share a model and a task."""
     for plan in plans[1:]:
-        for what, of in (("model", lambda p: p.request.model), ("task", lambda p: p.course.name),
-                         ("precision", lambda p: p.config.precision), ("source", lambda p: p.source),
-                         ("number of scored rows", lambda p: p.material.scored_rows),
+        for what, of in (("model", lambda p: p.request.model), ("task", lambda p: p.task_group.name),
+                         ("precision", lambda p: p.train_config.precision), ("source", lambda p: p.source),
+                         ("number of scored rows", lambda p: p.data.scored_rows),
                          ("longest answer", lambda p: p.max_new_tokens)):  # fmt: skip
             if of(plan) != of(plans[0]):
                 raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ import torch
 
 from peftzoo import models
 from peftzoo.adapters import attach, configure
-from peftzoo.contract import registry
+from peftzoo.contract import Adapter, registry
 from peftzoo.errors import NeedsWeights, UserError, unknown
 from peftzoo.measuring import counters
 from peftzoo.models.pruning import Pruning
 from peftzoo.records import published, store
 from peftzoo.scoring import metrics, retention
-from peftzoo.tasks import run_data, sources, task_files
+from peftzoo.tasks import run_data, sources, splits, task_files
 from peftzoo.tasks.schema import HeadSpec, Protocol
 from peftzoo.training.config import TrainConfig, auto_precision
 
@@ -59,61 +59,91 @@ class Request:
     """The search that chose the options, for the record; its `budget` is a part of the identity."""
 
 
-class Plan:
-    """A request made definite: checked options, chosen source and rows, and the id that names it."""
+class Shared:
+    """What several requests of one command have in common: each task, its rows and each model's facts are
+    looked up once."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.course = task_files.course(request.task)
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], Any] = {}
+
+    def once(self, what: tuple[Any, ...], look_up: Callable[[], Any]) -> Any:
+        if what not in self._found:
+            self._found[what] = look_up()
+        return self._found[what]
+
+
+class Plan:
+    """A request made definite: checked options, chosen source and rows, and the id that names it.
+
+    Each part is resolved once, by its own room in one call: task and rows, model, method and options,
+    protocol. `shared` holds what other requests of the same command have in common with this one.
+    """
+
+    def __init__(self, request: Request, shared: Shared | None = None) -> None:
+        self._once = (shared or Shared()).once
         self.cls = registry.get(request.method)
         self.request = request = replace(request, method=self.cls.name)
+        self.task_group = self._once(("task", request.task), lambda: task_files.task_group(request.task))
         self.preset = published.get(self.cls, request.preset) if request.preset else published.NONE
-        told = {"description": self.course.words} if self.cls.described else {}
-        self.adapter = configure(self.cls, told | self.preset.chosen(self.course.name) | request.options)
-        for name, value in (("limit", request.limit), ("max_new_tokens", request.max_new_tokens),
-                            ("save_every", request.save_every)):  # fmt: skip
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+        self.adapter = configure(self.cls, self._options())
+        _check_counts(request)
         self.pruning = Pruning.parse(request.prune) if request.prune else None
         self.view = self._view()
-        self.protocol, self.choice = self._protocol()
-        mirror = sources.mirror_folder(request.data)
-        self.source = sources.choose(request.source, request.model, mirror, named=request.data is not None)
-        learns = self.cls.trains or self.cls.searches or self.pruning is not None
-        self.material = run_data.load(self.course, self.source, mirror, learns)
-        if request.hold_out:
-            run_data.hold_out(self.material, *request.hold_out)
-        if self.choice:
-            run_data.choose_by(self.parts, self.choice, request.seed)
-        if request.limit:
-            run_data.limit(self.parts, request.limit)
-        self.general = None
-        if request.retention:
-            self.general = retention.load(request.retention, self.course, self.source, mirror)
-        self.settings = self.course.settings(self.source == "embedded")
+        self.protocol, self.selection = self._protocol()
+        self.data = self._data()
+        self.settings = self.task_group.settings(self.source == "embedded")
         self.max_new_tokens = request.max_new_tokens or self.settings.max_new_tokens
-        self.config = self._train_config()
+        self.train_config = self._train_config()
+
+    def _options(self) -> dict[str, Any]:
+        """Options of the method: what a task fills in, then the preset's, then those of the request."""
+        filled_in = {"description": self.task_group.instruction} if self.cls.described else {}
+        return filled_in | self.preset.chosen(self.task_group.name) | self.request.options
+
+    def _data(self) -> run_data.RunData:
+        """The rows, from the source that the request means; also of the task that shows what is forgotten."""
+        r, group = self.request, self.task_group
+        mirror = sources.mirror_folder(r.data)
+        self.source = source = sources.select_source(r.source, r.model, mirror, named=r.data is not None)
+        learns = self.cls.trains or self.cls.searches or self.pruning is not None
+        found = self._once(("rows", r.task, source, mirror, learns),
+                           lambda: run_data.load(group, source, mirror, learns))  # fmt: skip
+        self.general = r.retention and self._once(
+            ("retention", r.retention, r.task, source, mirror),
+            lambda: retention.load(r.retention, group, source, mirror),
+        )
+        return splits.split(found, hold_out=r.hold_out, selection=self.selection, seed=r.seed, limit=r.limit)
 
     @property
-    def parts(self) -> list[run_data.Part]:
+    def model(self) -> models.Named:
+        """The model's name and source, for the record. Raises `UserError` for a shape without weights."""
+        return self._once(("model", self.request.model), lambda: models.named(self.request.model))
+
+    def new_adapter(self) -> Adapter:
+        """A fresh adapter with the plan's options, to be attached."""
+        return self.cls(self.adapter.config)
+
+    @property
+    def eval_sets(self) -> list[run_data.EvalSet]:
         """The scored tasks."""
-        return self.material.parts
+        return self.data.eval_sets
 
     @property
     def head(self) -> HeadSpec | None:
         """The trained head that all scored tasks share."""
-        return self.course.tasks[0].extra.head if self.view == "head" else None
+        return self.task_group.tasks[0].extra.head if self.view == "head" else None
 
     def _view(self) -> str:
-        """How the model is scored: the same in all tasks of the course."""
-        causal, tasks = models.is_causal(self.request.model), self.course.tasks
+        """How the model is scored: the same in all tasks of the group."""
+        name, tasks = self.request.model, self.task_group.tasks
+        causal = self._once(("causal", name), lambda: models.is_causal(name))
         views = {t.view(causal): t for t in tasks}
         heads = {t.extra.head and (t.extra.head.kind, t.extra.head.labels): t for t in tasks}
         if len(views) > 1 or ("head" in views and len(heads) > 1):
             one, two = [*(views if len(views) > 1 else heads).values()][:2]
             raise UserError(
-                f'"{self.course.name}" cannot be trained together: "{one.name}" and "{two.name}" are scored '
-                "in different ways; run them one by one"
+                f'"{self.task_group.name}" cannot be trained together: "{one.name}" and "{two.name}" are '
+                "scored in different ways; run them one by one"
             )
         (view,) = views
         if view == "head" and self.cls.searches:
@@ -131,11 +161,13 @@ class Plan:
         return view
 
     def _protocol(self) -> tuple[str, Protocol | None]:
-        about, asked = self.course.about, self.request.protocol
+        about, asked = self.task_group.about, self.request.protocol
         if asked in (None, about.protocol):
             return about.protocol, None
         if asked not in about.protocols:
-            raise unknown(f'protocol of task "{self.course.name}"', asked, [about.protocol, *about.protocols])
+            raise unknown(
+                f'protocol of task "{self.task_group.name}"', asked, [about.protocol, *about.protocols]
+            )
         return asked, about.protocols[asked]
 
     def _train_config(self) -> TrainConfig:
@@ -149,7 +181,7 @@ class Plan:
         fields |= {"train_on_prompt": s.train_on_prompt, "precision": precision}
         fields |= {"lr": self.cls.lr * s.lr_scale}
         given = {k: v for k, v in r.train.items() if v is not None}
-        fields |= self.preset.training(self.course.name, given)
+        fields |= self.preset.training(self.task_group.name, given)
         epochs = fields.pop("epochs", None)
         if not self.cls.trains:
             fields["steps"], epochs = 0, None
@@ -164,15 +196,24 @@ class Plan:
             return config
         if not isinstance(epochs, (int, float)) or not 0 < epochs <= 1e6:
             raise UserError(f"--epochs {epochs}: a number above 0, at most 1,000,000")
-        steps = max(1, round(epochs * self.material.trained_rows / config.batch_size))
+        steps = max(1, round(epochs * self.data.trained_rows / config.batch_size))
         return config.model_copy(update={"steps": steps})
 
-    def try_on(self) -> None:
-        """Attach the method to the model's bare shapes: shows at once whether its options fit this model."""
-        with suppress(NeedsWeights):
-            attach(models.on_meta(self.request.model), self.adapter, seed=self.request.seed)
+    def attach_to_shapes(self) -> None:
+        """Attach the method to the model's bare shapes: raises the `UserError` of options that do not fit it.
 
-    def identity(self, model_source: dict[str, Any]) -> str:
+        A method that breaks in any other way is not judged here: its run tells why, on record.
+        """
+        try:
+            attach(models.on_meta(self.request.model), self.new_adapter(), seed=self.request.seed)
+        except NeedsWeights:
+            pass
+        except UserError:
+            raise
+        except Exception:  # a plugin's code
+            pass
+
+    def identity(self) -> str:
         """The name of this configuration: everything that decides the result, but not the seed."""
         asked = {"prune": self.request.prune, "retention": self.request.retention}
         asked["tuning"] = (self.request.tuning or {}).get("budget")
@@ -180,10 +221,10 @@ class Plan:
         return store.identity(extra | {
             "measure": counters.MEASURE_VERSION, "method": self.request.method,
             "config": self.adapter.config.model_dump(mode="json"),
-            "train": self.config.model_dump(mode="json"),
-            "task": self.course.name, "version": self.course.version, "protocol": self.protocol,
-            "view": self.view, "model": model_source, "data": self.material.info,
-            "rows": self.material.scored_rows,
+            "train": self.train_config.model_dump(mode="json"),
+            "task": self.task_group.name, "version": self.task_group.version, "protocol": self.protocol,
+            "view": self.view, "model": self.model.source, "data": self.data.info,
+            "rows": self.data.scored_rows,
             "max_new_tokens": self.max_new_tokens if self.view == "generate" else None,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         })  # fmt: skip
@@ -201,8 +242,8 @@ class Plan:
         words += ["--source", self.source, *(("--data", "FOLDER") if self.source == "mirror" else ())]
         words += ["--seeds", str(r.seed)]
         extra = {"limit": r.limit, "max_new_tokens": r.max_new_tokens, "prune": r.prune}
-        extra |= {"protocol": self.protocol if self.choice else None, "retention": r.retention}
-        for key, value in (self.config.model_dump() | extra).items():
+        extra |= {"protocol": self.protocol if self.selection else None, "retention": r.retention}
+        for key, value in (self.train_config.model_dump() | extra).items():
             if value is not None and value is not False:
                 words += [f"--{key.replace('_', '-')}"] + ([str(value)] if value is not True else [])
         for key, value in self.adapter.config.model_dump(mode="json", exclude_none=True).items():
@@ -211,27 +252,54 @@ class Plan:
         return shlex.join(words) + trial
 
 
-def check(requests: list[Request], *, skip: bool) -> tuple[list[Request], list[str]]:
-    """The requests that can be run, after each was tried on its model's shapes, and notes on the others.
+def resolve(requests: list[Request], *, skip: bool) -> tuple[list[Plan], list[str]]:
+    """Plans of the requests that can be run, after each was tried on its model's shapes, and notes on the
+    others.
 
     Raises the first `UserError`; with `skip` only where nothing is left. Seeds are tried once for all. A
-    method that breaks in any other way is left in: its run tells why, on record, and stops no other.
+    method that breaks when it is attached is left in: its run tells why, on record, and stops no other.
     """
-    unfit: dict[str, UserError] = {}
-    tried = {repr(replace(r, seed=0)): r for r in requests}
-    for key, request in tried.items():
+    shared, refused, plans = Shared(), {}, []
+    tried: set[str] = set()
+    for request in requests:
+        key = repr(replace(request, seed=0))
+        if key in refused:
+            continue
         try:
-            Plan(request).try_on()
+            plan = _plan(request, shared)
+            if key not in tried:
+                tried.add(key)
+                plan.attach_to_shapes()
         except UserError as error:
             if not skip:
                 raise
-            unfit[key] = error
-        except Exception:  # a plugin's code: see above
+            refused[key] = error
             continue
-    fit = [r for r in requests if repr(replace(r, seed=0)) not in unfit]
-    if not fit:
-        raise next(iter(unfit.values()), UserError("there is nothing to run"))
-    return fit, [f"skipped: {e}" for e in dict.fromkeys(map(str, unfit.values()))]
+        plans.append(plan)
+    if not plans:
+        raise next(iter(refused.values()), UserError("there is nothing to run"))
+    return plans, [f"skipped: {e}" for e in dict.fromkeys(map(str, refused.values()))]
+
+
+def _plan(request: Request, shared: Shared) -> Plan:
+    try:
+        return Plan(request, shared)
+    except UserError:
+        raise
+    except Exception as error:  # a plugin's code
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f'method "{request.method}" breaks when it is planned ({reason})') from error
+
+
+def resolved(request: Request | Plan) -> Plan:
+    """The plan of a request; a plan is what it is."""
+    return request if isinstance(request, Plan) else Plan(request)
+
+
+def _check_counts(request: Request) -> None:
+    for name in ("limit", "max_new_tokens", "save_every"):
+        if (value := getattr(request, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
 
 
 def _as_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""One run from end to end: the plan, the work, and a record whatever becomes of it."""
+"""One run from end to end: the plan, the runner, and a record whatever becomes of it."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ from peftzoo.errors import UserError
 from peftzoo.measuring import counters
 from peftzoo.records import store
 from peftzoo.records.schema import Record
-from peftzoo.runs.plan import Plan, Request
-from peftzoo.runs.runner import Progress, Work
+from peftzoo.runs.plan import Plan, Request, resolved
+from peftzoo.runs.runner import Progress, Runner
 from peftzoo.training.loop import NonFinite
 
 Done = tuple[Record, Path, bool]
 
 
-def run(request: Request, out: Path, *, force: bool = False, progress: Progress | None = None,
+def run(request: Request | Plan, out: Path, *, force: bool = False, progress: Progress | None = None,
         tracker: Any = None, accelerator: Any = None, patience: float = -1) -> Done:  # fmt: skip
     """Do one run. Returns the record, its file, and whether it was made now (False: it was there already).
 
     A run that breaks down gives a record with status `failed`; Ctrl-C gives `cancelled` and is raised on.
     While another program does the same run, this one waits; `Busy` after `patience` seconds (-1: never).
     """
-    say, plan = progress or (lambda *_: None), Plan(request)
-    record, accelerator = blank(plan), accelerator or make_accelerator()
-    say("load", 0, 1, {})
-    with alone(out, record, patience) if accelerator.is_main_process else nullcontext():
+    on_progress, plan = progress or (lambda *_: None), resolved(request)
+    record, accelerator = new_record(plan), accelerator or make_accelerator()
+    on_progress("load", 0, 1, {})
+    with run_lock(out, record, patience) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()  # the others look when the main process may write
         target = store.path(out, record)
         there = target.is_file() and not force
         accelerator.wait_for_everyone()  # no process writes before all have looked
         if there:
             return store.read(target), target, False
-        return _do(Work(plan, load(plan), record, out, say, tracker, accelerator), force)
+        return _do(Runner(plan, load_model(plan), record, out, on_progress, tracker, accelerator), force)
 
 
-def _do(work: Work, force: bool) -> Done:
-    out, record, accelerator = work.out, work.record, work.accelerator
+def _do(runner: Runner, force: bool) -> Done:
+    out, record, accelerator = runner.out, runner.record, runner.accelerator
     outcomes: list[dict[str, Any]] = []
     try:
-        outcomes = work.do(fresh=force)
+        outcomes = runner.execute(fresh=force)
     except UserError:
         raise
     except NonFinite as error:
         record.status, record.reason = "failed", str(error)
     except (KeyboardInterrupt, Exception) as error:
-        record.status, record.reason = why(error)
+        record.status, record.reason = describe_failure(error)
         if isinstance(error, KeyboardInterrupt) or accelerator.num_processes > 1:
             _write(out, record, [], accelerator)
             raise  # several processes: the others wait for this one, so the launcher has to end them
     finally:
-        work.close()
-        del work
+        runner.close()
+        del runner
         gc.collect()  # model and parts refer to each other: without this a sweep piles them up
     target = _write(out, record, outcomes, accelerator)
     if record.status == "ok" and accelerator.is_main_process:
-        tidy(out, record)
+        remove_checkpoints(out, record)
     accelerator.wait_for_everyone()
     return (store.read(target) if accelerator.is_main_process else record), target, True
 
@@ -76,7 +76,7 @@ class Busy(Exception):
 
 
 @contextmanager
-def alone(out: Path, record: Record, patience: float) -> Iterator[None]:
+def run_lock(out: Path, record: Record, patience: float) -> Iterator[None]:
     """Hold the run's lock, which is free again however its holder ends, and remove what was half-written.
 
     Raises `Busy` when the lock is not free after `patience` seconds.
@@ -86,7 +86,7 @@ def alone(out: Path, record: Record, patience: float) -> Iterator[None]:
     try:
         with FileLock(place, timeout=patience):
             if store.path(out, record).is_file():
-                tidy(out, record)
+                remove_checkpoints(out, record)
             named = f".{place.stem}.*.tmp"
             halves = [*store.path(out, record).parent.glob(named), *(out / "checkpoints").glob(named)]
             for half in (*halves, *(out / "adapters" / place.stem).glob(".*.tmp")):
@@ -96,15 +96,15 @@ def alone(out: Path, record: Record, patience: float) -> Iterator[None]:
         raise Busy(record.name) from None
 
 
-def tidy(out: Path, record: Record) -> None:
+def remove_checkpoints(out: Path, record: Record) -> None:
     """Of a run on record, remove what it would have gone on from."""
     for ending in (".safetensors", ".best.safetensors"):
         (out / "checkpoints" / f"{record.id}-s{record.seed}{ending}").unlink(missing_ok=True)
 
 
-def fail(request: Request, out: Path, reason: str) -> tuple[Record, Path]:
+def record_failure(request: Request, out: Path, reason: str) -> tuple[Record, Path]:
     """Record a run that broke off where it could not tell itself, unless it had just told its result."""
-    record = blank(Plan(request))
+    record = new_record(Plan(request))
     if (done := store.path(out, record)).is_file():
         with suppress(UserError):
             return store.read(done), done
@@ -120,7 +120,7 @@ def _write(out: Path, record: Record, outcomes: list[dict[str, Any]], accelerato
     return store.write(out, record, outcomes)
 
 
-def why(error: BaseException) -> tuple[str, str]:
+def describe_failure(error: BaseException) -> tuple[str, str]:
     """Status and reason of a run that broke off; the reason names our innermost line, and no folder."""
     if isinstance(error, KeyboardInterrupt):
         return "cancelled", "interrupted by the user"
@@ -136,28 +136,27 @@ def _plain(error: BaseException) -> str:
     return re.sub(r"(?<![\w.])(?:/[^\s/:'\"]+)+/", "", " ".join(str(error).split()))[:300]
 
 
-def load(plan: Plan) -> models.Loaded:
+def load_model(plan: Plan) -> models.Loaded:
     r, spec = plan.request, plan.head
     head = models.Head(spec.kind, max(len(spec.labels), 1)) if spec else None
     return models.load(r.model, head=head, seed=r.seed, trust_remote_code=r.trust_remote_code)
 
 
-def blank(plan: Plan, named: models.Named | models.Loaded | None = None) -> Record:
+def new_record(plan: Plan) -> Record:
     """The record of a run as it begins."""
-    r, course = plan.request, plan.course
-    named = named or models.named(r.model)
+    r, task_group, model = plan.request, plan.task_group, plan.model
     return Record(
         measure_version=counters.MEASURE_VERSION,
-        id=plan.identity(named.source),
-        name=f"{r.method}/{course.name}/{named.name}/s{r.seed}",
+        id=plan.identity(),
+        name=f"{r.method}/{task_group.name}/{model.name}/s{r.seed}",
         status="ok",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        method=r.method, task=course.name, model=named.name, seed=r.seed, suite=course.about.suite,
-        protocol=plan.protocol, average=plan.choice.average if plan.choice else "mean",
-        view=plan.view, task_version=course.version,
+        method=r.method, task=task_group.name, model=model.name, seed=r.seed, suite=task_group.about.suite,
+        protocol=plan.protocol, average=plan.selection.average if plan.selection else "mean",
+        view=plan.view, task_version=task_group.version,
         method_config=plan.adapter.config.model_dump(mode="json"),
-        train_config=plan.config.model_dump(mode="json"),
-        model_source=named.source, data=plan.material.info | {"scored_rows": plan.material.scored_rows},
+        train_config=plan.train_config.model_dump(mode="json"),
+        model_source=model.source, data=plan.data.info | {"scored_rows": plan.data.scored_rows},
         prune=r.prune, max_new_tokens=plan.max_new_tokens if plan.view == "generate" else None,
         tuning=r.tuning, environment=counters.environment(), command=plan.command(),
     )  # fmt: skip

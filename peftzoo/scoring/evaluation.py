@@ -35,7 +35,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Scale:
+class TargetScale:
     """How a head's outputs relate to the task's own targets: target = output * spread + mean."""
 
     mean: float = 0.0
@@ -58,8 +58,8 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name:
         config["generation_kwargs"] = kwargs | ({"max_gen_toks": max_new_tokens} if max_new_tokens else {})
     found = datasets.DatasetDict({task.eval_split: rows.test})
     config.pop("training_split", None)  # neither prompts nor scores need the training rows
-    if rows.shown is not None:
-        found[task.fewshot_split] = rows.shown
+    if rows.fewshot is not None:
+        found[task.fewshot_split] = rows.fewshot
     return ConfigurableTask(config=config | {"custom_dataset": lambda **_: found})
 
 
@@ -87,7 +87,7 @@ def prompt_and_answer(lm_task: Any, row: dict[str, Any]) -> tuple[str, str]:
     return prompt, lm_task.config.target_delimiter + str(answer)
 
 
-def language(
+def score_language(
     model: nn.Module, tokenizer: Any, lm_task: Any, batch_size: int, precision: str = "fp32", metric: str = ""
 ) -> Scores:
     """Greedy generation or log-likelihood of choices, as the task says.
@@ -97,10 +97,10 @@ def language(
     from peftzoo.scoring.language_model import LanguageModel
 
     lm = LanguageModel(model, tokenizer, batch_size, torch.bfloat16 if precision == "bf16" else None)
-    return asked(lm, [lm_task], metric)[0]
+    return run_tasks(lm, [lm_task], metric)[0]
 
 
-def asked(lm: Any, lm_tasks: list[Any], metric: str = "") -> list[Scores]:
+def run_tasks(lm: Any, lm_tasks: list[Any], metric: str = "") -> list[Scores]:
     """What lm-eval makes of `lm`'s answers to tasks of different names; all requests reach it at once."""
     from lm_eval.evaluator import evaluate
 
@@ -149,12 +149,12 @@ def _outcome(sample: dict[str, Any], lm_task: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def head(
+def score_head(
     model: nn.Module,
     examples: list[Example],
     names: list[str],
     kind: str,
-    scale: Scale,
+    scale: TargetScale,
     pad: int,
     batch_size: int,
 ) -> Scores:

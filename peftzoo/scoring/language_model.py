@@ -39,7 +39,7 @@ class Continuation:
 
 
 @dataclass
-class Family:
+class PrefixGroup:
     """Continuations of one prompt: the first `shared` tokens are the same in all of them."""
 
     members: list[Continuation]
@@ -167,47 +167,47 @@ class LanguageModel(TemplateLM):
             start = max(len(whole) - len(continuation), 1)
             asked.append(Continuation(place, whole, start, owners[place]))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
-        families = [*_families(asked, self.batch_size)]
-        if not self._branching(families):
-            families = [_alone(member) for member in asked]
-        for batch in _batches(families, self.batch_size):
+        groups = [*_prefix_groups(asked, self.batch_size)]
+        if not self._branching(groups):
+            groups = [_single(member) for member in asked]
+        for batch in _batches(groups, self.batch_size):
             for member, answer in self._score(batch):
                 answers[member.place] = answer
         return answers
 
-    def _branching(self, families: list[Family]) -> bool:
+    def _branching(self, groups: list[PrefixGroup]) -> bool:
         """Whether the model heeds the mask and the positions of a row with branches: tried on the longest."""
-        longest = {f.owner: f for f in sorted(families, key=lambda f: f.tokens) if f.branched}
+        longest = {f.owner: f for f in sorted(groups, key=lambda f: f.tokens) if f.branched}
         if self._branches is None and longest:
             self._branches = all(map(self._tried, longest.values()))
         return self._branches or not longest
 
-    def _tried(self, family: Family) -> bool:
+    def _tried(self, group: PrefixGroup) -> bool:
         """Whether one row gives what single rows give."""
         exact = self.autocast is None and next(self.model.parameters()).dtype.itemsize >= 4
         loose = 1e-4 if exact else 0.02
         try:
             mine, theirs = ([value for _, (value, _) in self._score(fs)]
-                            for fs in ([family], [_alone(m) for m in family.members]))  # fmt: skip
+                            for fs in ([group], [_single(m) for m in group.members]))  # fmt: skip
         except (RuntimeError, ValueError, TypeError):  # such a mask is not for it
             return False
         return all(abs(a - b) <= loose * (10 + abs(b)) for a, b in zip(mine, theirs, strict=True))
 
     @torch.inference_mode()
-    def _score(self, batch: list[Family]) -> list[tuple[Continuation, tuple[float, bool]]]:
-        families = sorted(batch, key=lambda f: f.owner)
-        rows = [f.row() for f in families]
+    def _score(self, batch: list[PrefixGroup]) -> list[tuple[Continuation, tuple[float, bool]]]:
+        groups = sorted(batch, key=lambda f: f.owner)
+        rows = [f.row() for f in groups]
         ids = self._padded([row for row, _, _ in rows], self.tokenizer.pad_token_id or 0)
         positions, branches = self._padded([r[1] for r in rows]), self._padded([r[2] for r in rows], -1)
-        longest = max(f.tokens - min(map(min, f.asked())) for f in families)
+        longest = max(f.tokens - min(map(min, f.asked())) for f in groups)
         mask = (branches >= 0).long()
-        if any(f.branched for f in families):
+        if any(f.branched for f in groups):
             mask = self._sight(branches)
-        logits = self._forward(ids, mask, positions, longest, [f.owner for f in families])
+        logits = self._forward(ids, mask, positions, longest, [f.owner for f in groups])
         members, found, lengths, wanted = [], [], [], []
-        for i, family in enumerate(families):
-            before = longest - family.tokens
-            for member, places in zip(family.members, family.asked(), strict=True):
+        for i, group in enumerate(groups):
+            before = longest - group.tokens
+            for member, places in zip(group.members, group.asked(), strict=True):
                 members.append(member)
                 found += [(i, before + p) for p in places]
                 lengths.append(len(places))
@@ -280,15 +280,15 @@ class LanguageModel(TemplateLM):
         return said
 
 
-def _alone(member: Continuation) -> Family:
-    return Family([member], min(member.start, len(member.fed)))
+def _single(member: Continuation) -> PrefixGroup:
+    return PrefixGroup([member], min(member.start, len(member.fed)))
 
 
-def _families(asked: list[Continuation], rows: int) -> Iterator[Family]:
+def _prefix_groups(asked: list[Continuation], rows: int) -> Iterator[PrefixGroup]:
     """Requests that follow each other in families of up to `rows`, where that saves tokens."""
-    run: Family | None = None
+    run: PrefixGroup | None = None
     for member in asked:
-        alone = _alone(member)
+        alone = _single(member)
         if run and len(run.members) < rows and run.owner == member.owner:
             joined = _joined(run, member)
             if joined.tokens < run.tokens + alone.tokens and joined.shared:
@@ -301,22 +301,22 @@ def _families(asked: list[Continuation], rows: int) -> Iterator[Family]:
         yield run
 
 
-def _joined(family: Family, member: Continuation) -> Family:
-    first, shared = family.members[0].whole, 0
-    for a, b in zip(first[: family.shared], member.whole[: member.start], strict=False):
+def _joined(group: PrefixGroup, member: Continuation) -> PrefixGroup:
+    first, shared = group.members[0].whole, 0
+    for a, b in zip(first[: group.shared], member.whole[: member.start], strict=False):
         if a != b:
             break
         shared += 1
-    return Family([*family.members, member], shared)
+    return PrefixGroup([*group.members, member], shared)
 
 
-def _batches(families: list[Family], rows: int) -> Iterator[list[Family]]:
+def _batches(groups: list[PrefixGroup], rows: int) -> Iterator[list[PrefixGroup]]:
     """Families of like length together, longest first, up to `rows` continuations at a time."""
-    batch: list[Family] = []
-    for family in sorted(families, key=lambda f: f.tokens, reverse=True):
-        if batch and sum(len(f.members) for f in batch) + len(family.members) > rows:
+    batch: list[PrefixGroup] = []
+    for group in sorted(groups, key=lambda f: f.tokens, reverse=True):
+        if batch and sum(len(f.members) for f in batch) + len(group.members) > rows:
             yield batch
             batch = []
-        batch.append(family)
+        batch.append(group)
     if batch:
         yield batch

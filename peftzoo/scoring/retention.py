@@ -10,8 +10,8 @@ from torch import nn
 
 from peftzoo.errors import UserError
 from peftzoo.tasks import sources, task_files
-from peftzoo.tasks.run_data import Part
-from peftzoo.tasks.schema import Course
+from peftzoo.tasks.run_data import EvalSet
+from peftzoo.tasks.schema import TaskGroup
 from peftzoo.training import batches, losses
 
 ROWS = 200
@@ -19,16 +19,16 @@ ROWS = 200
 BATCH = 16
 
 
-def load(name: str, course: Course, source: str, mirror: Path | None) -> Part:
+def load(name: str, task_group: TaskGroup, source: str, mirror: Path | None) -> EvalSet:
     """Rows of the scored split of task `name`. Raises `UserError` where the course itself trains on it."""
     task = task_files.get(name)
-    if task.name in {t.name for t in course.tasks}:
+    if task.name in {t.name for t in task_group.tasks}:
         raise UserError(
             f'--retention "{name}" is trained on in this run: name another task, whose text is not'
         )
     rows = sources.load(task, source, mirror, trains=False)
     rows.test = rows.test.select(range(min(ROWS, len(rows.test))))
-    return Part(task, rows)
+    return EvalSet(task, rows)
 
 
 @torch.no_grad()

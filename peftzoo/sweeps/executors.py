@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch counts its threads when it is imported, which is afte
     from peftzoo.records.schema import Record
     from peftzoo.runs.plan import Request
 
-Follow = Callable[[int, "Job", str, int, int, dict[str, float]], None]
+ProgressCallback = Callable[[int, "Job", str, int, int, dict[str, float]], None]
 """follow(worker, job, stage, done, total, values), as `work.Progress`."""
 
 
@@ -32,16 +32,16 @@ class Job:
     out: Path
     patience: float = 0
     tries: int = 0
-    mates: tuple[Request, ...] = ()
+    companions: tuple[Request, ...] = ()
     """Runs of the same model and task that are done with it, in packs as `pack` says."""
     pack: tuple[int | None, int | None] = (1, None)
     """Runs in a pack, at most, and bytes that they may take."""
-    sharing: int = 1
+    jobs_per_device: int = 1
     """Jobs that share the device, and its memory."""
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        return (self.request, *self.mates)
+        return (self.request, *self.companions)
 
 
 @dataclass
@@ -61,20 +61,20 @@ class Done:
     """Files of the run, by their place in the results folder, where the worker has another folder."""
 
 
-def perform(job: Job, say: Callable[..., None] | None = None) -> Done:
+def execute(job: Job, on_progress: Callable[..., None] | None = None) -> Done:
     """Do the run in this process; whatever breaks becomes a record with status `failed`."""
-    from peftzoo.runs.run import Busy, fail, run, why
+    from peftzoo.runs.run import Busy, describe_failure, record_failure, run
 
-    if job.mates:
-        return _together(job, say)
+    if job.companions:
+        return _together(job, on_progress)
     try:
-        record, _, new = run(job.request, job.out, progress=say, patience=job.patience)
+        record, _, new = run(job.request, job.out, progress=on_progress, patience=job.patience)
     except Busy:
         return Done(job, busy=True)
     except Exception as error:
-        reason = why(error)[1]
+        reason = describe_failure(error)[1]
         try:
-            record, new = fail(job.request, job.out, reason)[0], True
+            record, new = record_failure(job.request, job.out, reason)[0], True
         except Exception:  # not even its name can be made
             return Done(job, died=reason)
     if job.request.hold_out:  # nobody asks for a trial's adapter
@@ -82,16 +82,25 @@ def perform(job: Job, say: Callable[..., None] | None = None) -> Done:
     return Done(job, record, new)
 
 
-def _together(job: Job, say: Callable[..., None] | None) -> Done:
+def _together(job: Job, on_progress: Callable[..., None] | None) -> Done:
     """Do a job's runs in packs; where that breaks down, one by one."""
     from peftzoo.runs.packs import run_packs
 
-    size, room = job.pack
+    size, memory_budget = job.pack
     try:
-        done = run_packs([*job.requests], job.out, size=size, room=room, progress=say, sharing=job.sharing)
+        done = run_packs(
+            [*job.requests],
+            job.out,
+            size=size,
+            memory_budget=memory_budget,
+            progress=on_progress,
+            jobs_per_device=job.jobs_per_device,
+        )
         found = [(record, new) for record, _, new in done]
     except Exception:
-        each = [perform(replace(job, request=r, mates=(), patience=-1), say) for r in job.requests]
+        each = [
+            execute(replace(job, request=r, companions=(), patience=-1), on_progress) for r in job.requests
+        ]
         found = [(done.record, done.new) for done in each]
     return Done(job, *found[0], found[1:])
 
@@ -170,7 +179,7 @@ def _serve(pipe: Any, threads: int, plugins: list[str]) -> None:
         while True:
             if (job := pipe.recv()) is None:
                 return
-            done = perform(job, lambda *news: _send(pipe, news))
+            done = execute(job, lambda *news: _send(pipe, news))
             _send(pipe, done)
     except (KeyboardInterrupt, EOFError):
         os._exit(0)  # the record says what was cancelled
@@ -193,15 +202,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class Local:
+class ProcessExecutor:
     """Worker processes on this machine, with its cores or GPUs shared out."""
 
-    def __init__(self, count: int | None, plugins: list[str], follow: Follow, start: str = "spawn") -> None:
+    def __init__(
+        self, count: int | None, plugins: list[str], follow: ProgressCallback, start: str = "spawn"
+    ) -> None:
         devices = gpus()
         self.count = count or workers(devices)
         self.plugins, self.follow, self.start = plugins, follow, start
         self.threads, self.devices = max(cores() // self.count, 1), devices
-        self.sharing = -(-self.count // max(len(devices), 1))
+        self.jobs_per_device = -(-self.count // max(len(devices), 1))
         self.queue: deque[Job] = deque()
         self.workers: list[_Worker] = []
 

@@ -19,8 +19,8 @@ from peftzoo.contract import registry
 from peftzoo.errors import UserError
 from peftzoo.records import store
 from peftzoo.runs.plan import Plan
-from peftzoo.runs.run import blank
-from peftzoo.sweeps.executors import Done, Job, cores, perform
+from peftzoo.runs.run import new_record
+from peftzoo.sweeps.executors import Done, Job, cores, execute
 
 CORES = 4
 """Cores of a run where there are no GPUs, unless told how many runs at once."""
@@ -28,7 +28,7 @@ GRACE = 20
 """Seconds that cancelled runs have to record it."""
 
 
-class Cluster:
+class RayExecutor:
     """A Ray of this machine alone, or the one at `address`; each run has its cores, a GPU if there is one.
 
     Workers that see the results folder (a shared file system) write there themselves, and runs go on from
@@ -45,9 +45,9 @@ class Cluster:
                 ray.init(address="local", num_cpus=max(cores(), count or 1), include_dashboard=False,
                          log_to_driver=False, logging_level="ERROR")  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
-            why = " ".join(str(error).split())[:160]
+            reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f'no Ray cluster at "{address}" ({why}): `ray start --head` begins one; or no --address'
+                f'no Ray cluster at "{address}" ({reason}): `ray start --head` begins one; or no --address'
             ) from None
         whole = ray.cluster_resources()
         largest = max(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"])
@@ -55,16 +55,16 @@ class Cluster:
         at_once = count or (whole["GPU"] if self.gpus else max(whole["CPU"] // CORES, 1))
         self.threads = int(max(min(whole["CPU"] // at_once, largest), 1))
         self.count, self.out, self.plugins = int(at_once), out, plugins
-        self.sharing = 1 if self.gpus else self.count
+        self.jobs_per_device = 1 if self.gpus else self.count
         self.flag = out / f".{uuid.uuid4().hex}.sweep"
         self.flag.touch()
-        self.task = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=0)(_perform)
+        self.task = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=0)(_execute)
         self.under_way: dict[Any, Job] = {}
         self.ready: deque[Done] = deque()
 
     def submit(self, job: Job) -> None:
         if _on_record(job):
-            self.ready.append(perform(job))  # which finds it there
+            self.ready.append(execute(job))  # which finds it there
             return
         task = self.task.remote(job, self.plugins, self.threads, self.flag)
         self.under_way[task] = job
@@ -98,21 +98,21 @@ class Cluster:
 
 def _on_record(job: Job) -> bool:
     try:
-        return all(store.path(job.out, blank(Plan(r))).is_file() for r in job.requests)
+        return all(store.path(job.out, new_record(Plan(r))).is_file() for r in job.requests)
     except UserError:  # a trial that cannot be made: whoever does it tells
         return False
 
 
-def _perform(job: Job, plugins: list[str], threads: int, flag: Path) -> Done:
+def _execute(job: Job, plugins: list[str], threads: int, flag: Path) -> Done:
     """What a Ray worker does. Without the driver's flag in sight, its folder is another one."""
     torch.set_num_threads(threads)
     for file in plugins:
         registry.add_file(file)
     if flag.is_file():
-        return perform(job)
+        return execute(job)
     name = hashlib.sha256(str(job.out).encode()).hexdigest()[:12]
     out = Path(tempfile.gettempdir()) / f"peftzoo-{name}"
-    done = perform(replace(job, out=out))
+    done = execute(replace(job, out=out))
     for record in (r for r, _ in [(done.record, done.new), *done.others] if r is not None):
         target = store.path(out, record)
         found = [target, *target.parent.glob(f"{target.stem}.examples*")]

@@ -10,7 +10,7 @@ from typing import Protocol
 from peftzoo.records import store
 from peftzoo.records.schema import Record
 from peftzoo.runs.plan import Request
-from peftzoo.runs.run import fail
+from peftzoo.runs.run import record_failure
 from peftzoo.sweeps.executors import Done, Job
 from peftzoo.sweeps.study import Study
 
@@ -25,7 +25,7 @@ class Executor(Protocol):
 
     count: int
     """Jobs at once."""
-    sharing: int
+    jobs_per_device: int
     """Jobs at once on one device."""
 
     def submit(self, job: Job) -> None: ...
@@ -33,7 +33,7 @@ class Executor(Protocol):
     def next(self) -> Done: ...
 
 
-class Drive:
+class Scheduler:
     """`tell(record, new, trial)` hears of every finished run, `note(text)` of what happened besides."""
 
     def __init__(self, executor: Executor, out: Path, tell: Callable[[Record, bool, bool], None],
@@ -68,13 +68,15 @@ class Drive:
             found += [tuple(group[i : i + most]) for i in range(0, len(group), most)]
         return found
 
-    def _submit(self, request: Request, study: Study | None, mates: tuple[Request, ...] = (),
+    def _submit(self, request: Request, study: Study | None, companions: tuple[Request, ...] = (),
                 pack: tuple[int | None, int | None] = (1, None)) -> None:  # fmt: skip
         self.count += 1
         self.waiting[self.count] = study
         out = self.out / "tuning" if request.hold_out else self.out
-        sharing = self.executor.sharing if mates else 1
-        self.executor.submit(Job(self.count, request, out, mates=mates, pack=pack, sharing=sharing))
+        jobs_per_device = self.executor.jobs_per_device if companions else 1
+        self.executor.submit(
+            Job(self.count, request, out, companions=companions, pack=pack, jobs_per_device=jobs_per_device)
+        )
 
     def _again(self, done: Done) -> bool:
         """Give the job back to the executor where that makes sense."""
@@ -82,7 +84,7 @@ class Drive:
         if done.busy:
             self.executor.submit(replace(job, patience=PATIENCE if job.patience else 0.5))
             return True
-        if job.mates:  # one of them may be at fault, or all together too much
+        if job.companions:  # one of them may be at fault, or all together too much
             self.note(f"{_title(job)}: {done.died}; they are done one by one")
             self.waiting.pop(job.number)
             for request in job.requests:
@@ -99,7 +101,7 @@ class Drive:
         for place, request in enumerate(done.job.requests):
             record, new = found[place] if place < len(found) else (None, True)
             if record is None:
-                record = self._failed(replace(done.job, request=request, mates=()), done.died)
+                record = self._failed(replace(done.job, request=request, companions=()), done.died)
             if record is not None:
                 self.tell(record, new, study is not None)
             if study is not None:
@@ -111,7 +113,7 @@ class Drive:
     def _failed(self, job: Job, reason: str | None) -> Record | None:
         """The record of a run of which nothing came back."""
         try:
-            return fail(job.request, job.out, reason or "nothing came back of it")[0]
+            return record_failure(job.request, job.out, reason or "nothing came back of it")[0]
         except Exception as error:
             self.lost.append(f"{_title(job)}: {reason} ({type(error).__name__}: {error})")
             self.note(self.lost[-1])
@@ -130,5 +132,5 @@ class Drive:
 
 def _title(job: Job) -> str:
     r = job.request
-    held = ", a trial" if r.hold_out else f" and {len(job.mates)} more" if job.mates else ""
+    held = ", a trial" if r.hold_out else f" and {len(job.companions)} more" if job.companions else ""
     return f"{r.method} on {r.task}, seed {r.seed}{held}"

@@ -9,9 +9,9 @@ from typing import Any
 from peftzoo.errors import UserError
 from peftzoo.records import store
 from peftzoo.records.schema import Record
-from peftzoo.runs.plan import Plan, Request, check
-from peftzoo.runs.run import blank
-from peftzoo.sweeps.sweep_file import Search, Span
+from peftzoo.runs.plan import Plan, Request, resolve
+from peftzoo.runs.run import new_record
+from peftzoo.sweeps.sweep_file import Range, Search
 
 WIDTH = 10.0
 """A learning rate is searched from this part of the method's own to this multiple of it, unless told."""
@@ -48,7 +48,7 @@ class Study:
         method, given = self.request.method, self.search.space
         if not given and plan.cls.trains:
             lr = plan.config.lr
-            return {"lr": Span(low=lr / WIDTH, high=lr * WIDTH, log=True)}
+            return {"lr": Range(low=lr / WIDTH, high=lr * WIDTH, log=True)}
         found: dict[str, Any] = {}
         for key, span in sorted(given.items(), key=lambda item: item[0].count(".")):
             owner, _, option = key.removeprefix("set.").rpartition(".")
@@ -61,8 +61,8 @@ class Study:
     def check(self) -> None:
         """Try the ends of each span and all listed values: raises the `UserError` of one that the method does
         not take."""
-        ends = {k: [v.low, v.high] if isinstance(v, Span) else v for k, v in self.space.items()}
-        check([self._trial({k: v[i % len(v)] for k, v in ends.items()})
+        ends = {k: [v.low, v.high] if isinstance(v, Range) else v for k, v in self.space.items()}
+        resolve([self._trial({k: v[i % len(v)] for k, v in ends.items()})
                for i in range(max(map(len, ends.values()), default=1))], skip=False)  # fmt: skip
 
     def ask(self) -> Request | None:
@@ -76,7 +76,7 @@ class Study:
     def _values(self) -> dict[str, Any]:
         """The trial's values; of choices Optuna sees the place in the list, which may hold anything."""
         return {
-            k: v if isinstance(self.space[k], Span) else self.space[k][v]
+            k: v if isinstance(self.space[k], Range) else self.space[k][v]
             for k, v in self.trial.params.items()
         }
 
@@ -116,7 +116,7 @@ class Study:
     def replay(self, out: Path) -> tuple[int, int]:
         """Go through the trials that are on record in `out`: how many there are, and how many are left."""
         while (trial := self.ask()) is not None:
-            place = store.path(out, blank(Plan(trial)))
+            place = store.path(out, new_record(Plan(trial)))
             if not place.is_file():
                 return len(self.tried), self.search.trials - len(self.tried)
             self.tell(store.read(place))
@@ -139,15 +139,15 @@ class Study:
     def budget(self) -> dict[str, Any]:
         """What every method's search was given."""
         s = self.search
-        space = {k: v.model_dump() if isinstance(v, Span) else v for k, v in self.space.items()}
+        space = {k: v.model_dump() if isinstance(v, Range) else v for k, v in self.space.items()}
         return {"trials": s.trials, "steps": self.steps, "seconds": s.seconds, "sampler": s.sampler,
                 "rows": s.rows, "seed": s.seed, "space": space}  # fmt: skip
 
 
-def _distribution(values: Span | list[Any]) -> Any:
+def _distribution(values: Range | list[Any]) -> Any:
     from optuna import distributions
 
-    if not isinstance(values, Span):
+    if not isinstance(values, Range):
         return distributions.CategoricalDistribution(tuple(range(len(values))))
     whole = isinstance(values.low, int) and isinstance(values.high, int)
     kind = distributions.IntDistribution if whole else distributions.FloatDistribution

@@ -41,7 +41,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Span(_Strict):
+class Range(_Strict):
     """Numbers from `low` to `high`; whole ones if both are whole."""
 
     low: int | float
@@ -67,7 +67,7 @@ class Search(_Strict):
     steps: int | None = Field(None, ge=1)
     seconds: float | None = Field(None, gt=0)
     sampler: Literal["random", "tpe"] = "tpe"
-    space: dict[str, Span | Annotated[list[Any], Field(min_length=1)]] = {}
+    space: dict[str, Range | Annotated[list[Any], Field(min_length=1)]] = {}
     rows: int = Field(200, ge=2)
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -168,7 +168,7 @@ class Sweep(_Strict):
                 raise UserError(f'unknown key "search.space.{key}": {nearest(key, known) or _known(known)}')
             if (method := name.rpartition(".")[0]) and method not in methods:
                 raise unknown(f'method in search.space "{key}"', method, methods)
-            if isinstance(span, Span) and span.log and span.low <= 0:
+            if isinstance(span, Range) and span.log and span.low <= 0:
                 raise UserError(f"search.space.{key}: low {span.low} on a log scale: above 0")
 
 
@@ -216,7 +216,7 @@ def _first(error: ValidationError) -> str:
     place = [str(p) for p in e["loc"] if str(p) not in ("Span", "int", "float") and "[" not in str(p)]
     key = ".".join(place) or "file"
     if e["type"] == "extra_forbidden":
-        owner = {1: Sweep, 2: Search}.get(len(place), Span)
+        owner = {1: Sweep, 2: Search}.get(len(place), Range)
         return f'unknown key "{key}": {nearest(place[-1], owner.model_fields) or _known(owner.model_fields)}'
     given = f" (given: {e['input']!r})" if e["type"] != "missing" and not isinstance(e["input"], dict) else ""
     return f"{key}: {e['msg'].removeprefix('Value error, ')}{given}"

@@ -79,7 +79,7 @@ class Protocol(_Strict):
     """Over seeds, on boards."""
 
 
-class Training(_Strict):
+class TrainSource(_Strict):
     """Another data set to train on, and how its rows become prompts and answers, where not as the task's."""
 
     dataset_path: str
@@ -106,7 +106,7 @@ class About(_Strict):
     protocol: str = Field(pattern=r"^[a-z0-9-]+$")
     protocols: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Protocol] = {}
     """Others that may be asked for, by name."""
-    train: tuple[Training, ...] = ()
+    train: tuple[TrainSource, ...] = ()
     """In place of its own training rows: the first of these that the source has (embedded rows: none)."""
     settings: Settings = Settings()
 
@@ -187,16 +187,16 @@ class Task(BaseModel):
         return self.test_split or self.validation_split
 
     @property
-    def words(self) -> str:
+    def instruction(self) -> str:
         """The task in words: ours, else the words that lm-eval puts before a prompt, else the title."""
         return self.extra.description or (self.model_extra or {}).get("description") or self.extra.title
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Every split that is read: scored, shown in the prompt, trained on."""
-        shown = (self.fewshot_split,) if self.num_fewshot and self.fewshot_split else ()
+        fewshot = (self.fewshot_split,) if self.num_fewshot and self.fewshot_split else ()
         trained = (self.training_split,) if self.training_split else ()
-        return tuple(dict.fromkeys((*trained, self.eval_split, *shown)))
+        return tuple(dict.fromkeys((*trained, self.eval_split, *fewshot)))
 
     def view(self, causal: bool) -> str:
         """How a model is scored: `generate`, `choice` or `head`."""
@@ -233,7 +233,7 @@ class Task(BaseModel):
 
 
 @dataclass(frozen=True)
-class Course:
+class TaskGroup:
     """What one run trains on and is scored on: a task, or the tasks of a group that is trained together."""
 
     name: str
@@ -242,9 +242,11 @@ class Course:
     tasks: tuple[Task, ...]
 
     @property
-    def words(self) -> str:
+    def instruction(self) -> str:
         """What is asked, in words."""
-        return self.about.description or (self.tasks[0].words if len(self.tasks) == 1 else self.about.title)
+        return self.about.description or (
+            self.tasks[0].instruction if len(self.tasks) == 1 else self.about.title
+        )
 
     def settings(self, embedded: bool) -> Settings:
         """The recommended settings, for embedded rows or for others."""

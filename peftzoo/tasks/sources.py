@@ -40,7 +40,7 @@ class Rows:
     train: Any
     test: Any
     info: dict[str, Any] = field(default_factory=dict)
-    shown: Any = None
+    fewshot: Any = None
     prompts: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,7 +69,7 @@ def mirror_folder(given: str | None) -> Path | None:
     return Path(named) if named else None
 
 
-def choose(source: str | None, model: str, mirror: Path | None, named: bool = False) -> str:
+def select_source(source: str | None, model: str, mirror: Path | None, named: bool = False) -> str:
     """The source for this run; see the rule at the top of the file. `named`: the mirror is from `--data`."""
     if source is not None:
         if source not in SOURCES:
@@ -88,7 +88,7 @@ def load(task: task_files.Task, source: str, mirror: Path | None = None, trains:
     Raises `NoRows` where the source lacks them; training rows may be missing unless the run `trains`. A task
     that is only scored has none.
     """
-    other = elsewhere(task, task.extra.train, source, mirror)
+    other = alternative_train_set(task, task.extra.train, source, mirror)
     own = task.training_split
     spare = (own,) if own and (other or not trains) and own != task.eval_split else ()
     if source == "embedded":
@@ -102,8 +102,8 @@ def load(task: task_files.Task, source: str, mirror: Path | None = None, trains:
         if cut:
             found, info["cut"] = _cut(task, cut, found[cut.of])
     made = {s: _dataset(found[s], info["id"]) for s in task.splits if s in found}
-    shown = made[task.fewshot_split] if task.num_fewshot else None
-    rows = Rows(made.get(own), made[task.eval_split], info, shown)
+    fewshot = made[task.fewshot_split] if task.num_fewshot else None
+    rows = Rows(made.get(own), made[task.eval_split], info, fewshot)
     if other:
         rows.train, info["train"], rows.prompts = other
     return rows
@@ -124,8 +124,8 @@ def _place(task: task_files.Task, source: str) -> tuple[str, str | None]:
     return (source == "mirror" and task.extra.mirror) or (task.dataset_path, task.dataset_name)
 
 
-def elsewhere(
-    task: task_files.Task, choices: tuple[task_files.Training, ...], source: str, mirror: Path | None
+def alternative_train_set(
+    task: task_files.Task, choices: tuple[task_files.TrainSource, ...], source: str, mirror: Path | None
 ) -> tuple[Any, dict[str, Any], dict[str, str]] | None:
     """The first of these training sets that the source has: its rows, what the record says, its prompts."""
     for choice in choices if source != "embedded" else ():
@@ -148,11 +148,11 @@ def _dataset(rows: list[dict[str, Any]], name: str) -> Any:
         raise UserError(f"{name}: its rows differ in their columns' types ({why})") from None
 
 
-Found = tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]
+SplitRows = tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]
 """Rows of each split that was read, and what the record says of them."""
 
 
-def _embedded(task: task_files.Task) -> Found:
+def _embedded(task: task_files.Task) -> SplitRows:
     spec = task.extra.embedded
     if spec is None:
         raise NoRows(f'task "{task.name}" has no embedded generator: use --data FOLDER or --source hub')
@@ -171,7 +171,7 @@ def _digest(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def _cut(task: task_files.Task, cut: task_files.Cut, rows: list[dict[str, Any]]) -> Found:
+def _cut(task: task_files.Task, cut: task_files.Cut, rows: list[dict[str, Any]]) -> SplitRows:
     """The splits that a cut makes. Equal questions stay in one, so no scored row is among the others."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row, text in zip(rows, overlap.texts(task, _dataset(rows, task.name)), strict=True):
@@ -191,7 +191,7 @@ def _cut(task: task_files.Task, cut: task_files.Cut, rows: list[dict[str, Any]])
     return made, {"of": cut.of, "seed": cut.seed, "splits": splits}
 
 
-def _mirror(wanted: _Wanted, mirror: Path | None) -> Found:
+def _mirror(wanted: _Wanted, mirror: Path | None) -> SplitRows:
     place = mirror / _folder_name(wanted.path) / _folder_name(wanted.name or "default")
     found, files = {}, {}
     for split in wanted.splits:
@@ -239,7 +239,7 @@ def _folder_name(name: str) -> str:
     return safe.lstrip(".") or "_"
 
 
-def _hub(wanted: _Wanted, _: Path | None) -> Found:
+def _hub(wanted: _Wanted, _: Path | None) -> SplitRows:
     import datasets
 
     from peftzoo.models import hub

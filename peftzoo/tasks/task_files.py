@@ -18,7 +18,6 @@ from peftzoo.errors import UserError, nearest, unknown
 from peftzoo.tasks import _includes
 from peftzoo.tasks.schema import (
     HARNESS,
-    Course,
     Cut,
     Embedded,
     Extra,
@@ -26,8 +25,9 @@ from peftzoo.tasks.schema import (
     Protocol,
     Settings,
     Task,
+    TaskGroup,
     Together,
-    Training,
+    TrainSource,
 )
 
 
@@ -73,7 +73,7 @@ def groups() -> dict[str, tuple[str, ...]]:
 
 
 @lru_cache
-def _together(name: str) -> Course | None:
+def _together(name: str) -> TaskGroup | None:
     """The group as one course, if its file says that its tasks are trained together."""
     raw = _includes.read(_files()[name])
     meta = raw.get("metadata") or {}
@@ -83,15 +83,15 @@ def _together(name: str) -> Course | None:
         about = Together(**meta["peftzoo"])
     except ValidationError as error:
         raise UserError(f'task file "{_files()[name].name}": {_first(error, Together)}') from None
-    return Course(name, float(meta.get("version", 1)), about, tuple(map(get, _groups()[name])))
+    return TaskGroup(name, float(meta.get("version", 1)), about, tuple(map(get, _groups()[name])))
 
 
-def course(name: str) -> Course:
+def task_group(name: str) -> TaskGroup:
     """What a run of `name` trains on and is scored on. Raises `UserError` for a group of separate tasks."""
     if name in _groups() and (found := _together(name)):
         return found
     task = get(name)
-    return Course(task.name, task.version, task.extra, (task,))
+    return TaskGroup(task.name, task.version, task.extra, (task,))
 
 
 def expand(names: Iterable[str]) -> list[str]:
@@ -169,7 +169,7 @@ def _first(error: ValidationError, owner: type = Task) -> str:
 
 def _fields(loc: tuple[Any, ...], owner: type) -> list[str]:
     owners = {"extra": Extra, "head": HeadSpec, "embedded": Embedded, "settings": Settings, "cut": Cut,
-              "protocols": Protocol, "train": Training}  # fmt: skip
+              "protocols": Protocol, "train": TrainSource}  # fmt: skip
     above = next((str(name) for name in reversed(loc[:-1]) if str(name) in owners), "")
     return list(owners.get(above, owner).model_fields)
 

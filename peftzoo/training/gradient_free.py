@@ -9,10 +9,10 @@ import torch
 from peftzoo.measuring import counters
 from peftzoo.training import losses
 from peftzoo.training.batches import shuffled
-from peftzoo.training.loop import WARM_STEPS, Loop, Training
+from peftzoo.training.loop import WARM_STEPS, Loop, TrainingStats
 
 
-class Search(Loop):
+class GradientFreeLoop(Loop):
     """In place of the training loop for a method that `searches`.
 
     A call of the loss counts as a step. It is the mean over the first `batch_size` rows in the order of the
@@ -20,7 +20,7 @@ class Search(Loop):
     later run: a search that is interrupted starts again.
     """
 
-    def run(self) -> Training:
+    def run(self) -> TrainingStats:
         """Search. Losses that are not finite are the method's to judge."""
         out, total, adapter = self.out, self.config.steps, self.attached.adapter
         if not total:

@@ -28,7 +28,7 @@ class NonFinite(Exception):
 
 
 @dataclass
-class Training:
+class TrainingStats:
     """What a training run measured; times in seconds, memory in bytes."""
 
     losses: list[float] = field(default_factory=list)
@@ -79,9 +79,9 @@ class Loop:
         save_to: Path | None = None,
         save_every: int = 50,
         order: list[list[int]] | None = None,
-        before: Callable[[list[int]], None] = lambda rows: None,
-        looks: Sequence[int] = (),
-        look: Callable[[int], None] = lambda step: None,
+        on_batch: Callable[[list[int]], None] = lambda rows: None,
+        eval_at: Sequence[int] = (),
+        on_eval: Callable[[int], None] = lambda step: None,
     ) -> None:
         from transformers import get_scheduler
 
@@ -92,8 +92,8 @@ class Loop:
             save_to,
             save_every,
         )
-        self.seed, self.batches, self.before = seed, order or self._plan(seed), before
-        self.looks, self.look = frozenset(looks), look
+        self.seed, self.batches, self.on_batch = seed, order or self._plan(seed), on_batch
+        self.eval_at, self.on_eval = frozenset(eval_at), on_eval
         optimizer = attached.optimizer(config.lr, config.head_lr)
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.module, self.optimizer = Trainable(attached), optimizer
@@ -101,7 +101,7 @@ class Loop:
             self.module, self.optimizer = accelerator.prepare(self.module, optimizer)
         warm = math.ceil(config.warmup * config.steps)
         self.scheduler = get_scheduler(config.schedule, optimizer, warm, config.steps)
-        self.out = Training(micro_batch=config.micro_batch or self._per_process())
+        self.out = TrainingStats(micro_batch=config.micro_batch or self._per_process())
 
     def _plan(self, seed: int) -> list[list[int]]:
         c, rows = self.config, len(self.examples)
@@ -114,7 +114,7 @@ class Loop:
     def _per_process(self) -> int:
         return -(-self.config.batch_size // self.accelerator.num_processes)
 
-    def run(self) -> Training:
+    def run(self) -> TrainingStats:
         """Train. Raises `NonFinite`; what was measured until then stays in `self.out`."""
         out, total = self.out, self.config.steps
         if not self.params or not total:
@@ -129,9 +129,9 @@ class Loop:
         ):
             for step in range(start + 1, total + 1):
                 self._step(step, total)
-                if step in self.looks:
+                if step in self.eval_at:
                     with peak.paused(), energy.paused():
-                        self._look(step)
+                        self._evaluate(step)
                 self.save(step)
         self.attached.model.eval()
         self.attached.adapter.eval()
@@ -140,20 +140,20 @@ class Loop:
         out.energy_joules = None if start else energy.joules  # a resumed run knows only of its last part
         return out
 
-    def _look(self, step: int) -> None:
+    def _evaluate(self, step: int) -> None:
         """Let the caller see the state as it is; nothing of it reaches the training."""
         self.attached.model.eval()
         self.attached.adapter.eval()
         with torch.random.fork_rng():
             if self.accelerator.is_main_process:
-                self.look(step)
+                self.on_eval(step)
         self.accelerator.wait_for_everyone()
         self.module.train()
 
     def _step(self, step: int, total: int) -> None:
         counters.synchronize(self.accelerator.device)
         begin = time.perf_counter()
-        self.before(self.batches[step - 1])
+        self.on_batch(self.batches[step - 1])
         loss, tokens = self._fitting(lambda: self._accumulate(self.batches[step - 1]))
         self.update(step, loss)
         counters.synchronize(self.accelerator.device)

@@ -10,19 +10,19 @@ from pathlib import Path
 from peftzoo.adapters import Attached
 from peftzoo.training import checkpoints
 
-FEWEST = 5
+MIN_EVALUATIONS = 5
 """A run of a few passes or less is looked at so often, at equal distances."""
 
 
-def points(steps: int, rows: int, batch_size: int) -> list[int]:
+def eval_steps(steps: int, rows: int, batch_size: int) -> list[int]:
     """The steps after which a run is scored: the end of every pass over the rows, and the last step."""
     passes = steps * batch_size / rows
-    count = min(max(FEWEST, round(passes)), steps)
+    count = min(max(MIN_EVALUATIONS, round(passes)), steps)
     return sorted({round(steps * k / count) for k in range(1, count + 1)}) if count else []
 
 
 @dataclass
-class Best:
+class BestCheckpoint:
     """Keeps the best state in the file `path`, so that an interrupted run goes on with it.
 
     `score` gives the score of the state as it is, None where it is not defined.

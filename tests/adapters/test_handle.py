@@ -31,7 +31,7 @@ def noisy(handle):
     return handle
 
 
-class Scale(Adapter):
+class TargetScale(Adapter):
     """Scales the first tensor that a site of any kind gives by a trained number."""
 
     name, mergeable = "scale", False
@@ -67,7 +67,7 @@ class AttentionScale(ScalePart):
 
 
 def scale(*where):
-    return type("Scale", (Scale,), {"where": where})
+    return type("Scale", (TargetScale,), {"where": where})
 
 
 # -- attaching ------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_unknown_head_has_a_hint(tiny):
 
 
 def test_method_that_reads_data_asks_for_it(tiny):
-    cls = type("Reads", (Scale,), {"needs_data": True, "where": (("", MODEL),)})
+    cls = type("Reads", (TargetScale,), {"needs_data": True, "where": (("", MODEL),)})
     with pytest.raises(UserError, match="pass batches="):
         peftzoo.attach(tiny("bert"), cls)
     peftzoo.attach(tiny("bert"), cls, batches=list)

@@ -14,7 +14,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 import peftzoo
-from peftzoo.adapters import saving, write_atomically
+from peftzoo.adapters import atomic, saving, write_atomically
 from peftzoo.conform.cases import assert_bare, assert_unchanged, snapshot
 from peftzoo.errors import UserError
 
@@ -98,7 +98,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def broken(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(saving.os, "replace", broken)
+    monkeypatch.setattr(atomic.os, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]

@@ -358,7 +358,7 @@ def test_lm_eval_knows_the_groups() -> None:
 def test_few_shot_prompts_hold_the_five_rows_that_lorahub_learns_from() -> None:
     few, five = task_files.get("bbh-fewshot-navigate"), task_files.get("bbh-lorahub-navigate")
     shown, learnt = sources.load(few, "embedded"), sources.load(five, "embedded")
-    assert shown.shown.to_list() == learnt.train.to_list() and len(learnt.train) == 5
+    assert shown.fewshot.to_list() == learnt.train.to_list() and len(learnt.train) == 5
     assert shown.test.to_list() == learnt.test.to_list()
     prompt, answer = evaluation.prompt_and_answer(evaluation.harness_task(few, shown), shown.test[0])
     for row in learnt.train:
@@ -383,7 +383,7 @@ def test_a_cut_is_the_seeds_alone_and_keeps_equal_texts_together(tmp_path) -> No
         for v in (VIEWS[1], VIEWS[0], VIEWS[3])
     )
     assert (len(five.train), len(zero.train)) == (5, 95)
-    assert few.shown.to_list() == five.train.to_list()
+    assert few.fewshot.to_list() == five.train.to_list()
     assert zero.test.to_list() == five.test.to_list() == few.test.to_list()
     seen = [{r["input"] for r in part} for part in (five.train, zero.train, zero.test)]
     assert sum(map(len, seen)) == len(set.union(*seen)) == 140

@@ -389,24 +389,24 @@ def test_experiments_days_and_orders_are_true() -> None:
 
 def test_two_views_that_never_share_a_table() -> None:
     for group, names in (("commonsense", GENERATE), ("commonsense-choice", CHOICE)):
-        course = task_files.course(group)
-        assert [t.name for t in course.tasks] == [*names] and len(names) == 8
-        assert {t.extra.protocol for t in course.tasks} == {course.about.protocol}
+        task_group = task_files.task_group(group)
+        assert [t.name for t in task_group.tasks] == [*names] and len(names) == 8
+        assert {t.extra.protocol for t in task_group.tasks} == {task_group.about.protocol}
     assert (
-        task_files.course("commonsense").about.protocol
-        != task_files.course("commonsense-choice").about.protocol
+        task_files.task_group("commonsense").about.protocol
+        != task_files.task_group("commonsense-choice").about.protocol
     )
 
 
 def test_all_eight_are_trained_together_on_all_rows() -> None:
-    found = run_data.load(task_files.course("commonsense"), "embedded", None, trains=True)
+    found = run_data.load(task_files.task_group("commonsense"), "embedded", None, trains=True)
     assert found.info["trained_on"] == dict.fromkeys(GENERATE, 600) and "overlap" not in found.info
     assert found.trained_rows == 4800 and found.scored_rows == 800
 
 
 @real
 def test_the_mirror_has_four_training_files_and_known_overlaps() -> None:
-    found = run_data.load(task_files.course("commonsense"), "mirror", REAL, trains=True)
+    found = run_data.load(task_files.task_group("commonsense"), "mirror", REAL, trains=True)
     assert {*found.info["trained_on"]} == {
         f"commonsense-{n}" for n in ("boolq", "arc_easy", "arc_challenge", "openbookqa")
     }

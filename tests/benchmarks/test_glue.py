@@ -47,8 +47,8 @@ def made(name: str) -> sources.Rows:
 
 
 @cache
-def mirrored(name: str) -> run_data.Material:
-    return run_data.load(task_files.course(name), "mirror", REAL, trains=True)
+def mirrored(name: str) -> run_data.RunData:
+    return run_data.load(task_files.task_group(name), "mirror", REAL, trains=True)
 
 
 # -- generators -----------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_one_text_of_a_pair_does_not_tell_the_label(name: str) -> None:
 
 # -- generators: every label worked out again from the text alone ------------------------------------------
 
-TOLD = re.compile(
+DATA_FIELDS = re.compile(
     r"(?:On (?P<day1>\w+) |At the (?P<place1>\w+) )?(?P<one>\w+) (?P<verb>gives|sells|gets|buys) "
     r"(?:(?P<to>[A-Z]\w+) )?(?P<count>\d+|some) (?P<thing>\w+)(?: (?:to|from) (?P<two>\w+))?"
     r"(?: at the (?P<place2>\w+))?(?: on (?P<day2>\w+))?\."
@@ -147,7 +147,7 @@ def sides(found: dict) -> dict:
 
 
 def event(text: str) -> dict:
-    found = TOLD.fullmatch(text).groupdict()
+    found = DATA_FIELDS.fullmatch(text).groupdict()
     known = {k: found[f"{k}1"] or found[f"{k}2"] for k in ("place", "day")}
     count = None if found["count"] == "some" else found["count"]
     return sides(found) | known | {"count": count, "thing": found["thing"]}
@@ -304,7 +304,7 @@ def test_the_two_views_of_mnli_share_their_training_rows() -> None:
 @pytest.mark.parametrize("name", [n for n in GLUE if n != "mnli_mismatched"])
 def test_real_rows_load_and_look_like_the_generated_ones(name: str) -> None:
     task = task_files.get(name)
-    found = mirrored(name).parts[0].rows
+    found = mirrored(name).eval_sets[0].rows
     for one, two in ((found.train, made(name).train), (found.test, made(name).test)):
         assert one.column_names == two.column_names and len(one) > 70
         assert {k: type(v) for k, v in one[0].items()} == {k: type(v) for k, v in two[0].items()}
@@ -325,7 +325,7 @@ def test_a_real_set_that_the_mirror_lacks_is_named() -> None:
 def test_scored_rows_that_are_training_rows_too(name: str) -> None:
     """None but in two data sets, whose task files say so; anything else is refused when the rows load."""
     found, columns = mirrored(name), task_files.get(name).extra.head.text
-    rows = found.parts[0].rows
+    rows = found.eval_sets[0].rows
     counts = []
     for same in (str, embedded.normalise):  # of equal signs, and of equal letters and digits
         seen, scored = (
@@ -376,14 +376,14 @@ def test_the_group_and_its_protocols() -> None:
         "rte",
         "wnli",
     ]
-    assert [t.name for t in task_files.course("mnli").tasks] == ["mnli_matched", "mnli_mismatched"]
+    assert [t.name for t in task_files.task_group("mnli").tasks] == ["mnli_matched", "mnli_mismatched"]
     for name in task_files.expand(["glue"]):
-        about = task_files.course(name).about
+        about = task_files.task_group(name).about
         assert about.protocol == "last-step" and {*about.protocols} == {"best-epoch", "clean"}
         best, clean = about.protocols["best-epoch"], about.protocols["clean"]
         assert (best.choose, best.average) == ("scored", "median")
         assert clean.choose == (1000 if name in ("qqp", "mnli", "qnli") else 0.5)
-        for task in task_files.course(name).tasks:
+        for task in task_files.task_group(name).tasks:
             assert task.extra.protocols == about.protocols
 
 
@@ -395,7 +395,7 @@ def test_choice_scoring_of_scores_over_all_rows(capsys, name: str, metric: str, 
     loaded, task, found = models.load("embedded"), task_files.get(name), made(name)
     few = replace(found, test=found.test.select(range(8)))
     lm_task = evaluation.harness_task(task, few)
-    scores = evaluation.language(loaded.model, loaded.tokenizer, lm_task, 8)
+    scores = evaluation.score_language(loaded.model, loaded.tokenizer, lm_task, 8)
     assert capsys.readouterr().out == ""
     outcomes = json.loads(json.dumps(scores.outcomes))
     chosen = [row["answer"].index(max(row["answer"])) for row in sorted(outcomes, key=lambda o: o["row"])]

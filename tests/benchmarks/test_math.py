@@ -148,13 +148,13 @@ def test_metamathqa_is_trained_on_where_it_is(tmp_path, name: str) -> None:
     own = {"query": "Anna has 4 pens and buys 5.\nHow many?", "type": "GSM_Rephrased",
            "response": "4 + 5 = 9\n#### 9\nThe answer is: 9", "original_question": "q"}  # fmt: skip
     rows = {"openai__gsm8k/main/train": [ROW], "openai__gsm8k/main/test": [ROW | {"question": "Other?"}]}
-    without = run_data.load(task_files.course(name), "mirror", mirror(tmp_path, rows), trains=True)
+    without = run_data.load(task_files.task_group(name), "mirror", mirror(tmp_path, rows), trains=True)
     assert without.info["train"]["id"] == "openai/gsm8k/main"
-    assert prompted(without.lessons[0].task, without.lessons[0].rows[0])[0] == PROMPTS[name]
+    assert prompted(without.train_sets[0].task, without.train_sets[0].rows[0])[0] == PROMPTS[name]
     rows["meta-math__MetaMathQA/default/train"] = [own]
-    found = run_data.load(task_files.course(name), "mirror", mirror(tmp_path, rows), trains=True)
+    found = run_data.load(task_files.task_group(name), "mirror", mirror(tmp_path, rows), trains=True)
     assert found.info["train"]["id"] == "meta-math/MetaMathQA" and found.trained_rows == 1
-    prompt, answer = prompted(found.lessons[0].task, found.lessons[0].rows[0])
+    prompt, answer = prompted(found.train_sets[0].task, found.train_sets[0].rows[0])
     assert (prompt, answer) == (PROMPTS[name], own["response"])
     assert scores(name, answer, ROW) == (True, True)
 
@@ -163,7 +163,7 @@ def test_a_scored_question_among_the_queries_is_refused(tmp_path) -> None:
     own = {"query": ROW["question"].upper(), "response": "", "type": "", "original_question": ""}
     rows = {"openai__gsm8k/main/test": [ROW], "meta-math__MetaMathQA/default/train": [own]}
     with pytest.raises(sources.UserError, match="1 of 1 scored rows"):
-        run_data.load(task_files.course("gsm8k-metamath"), "mirror", mirror(tmp_path, rows), trains=True)
+        run_data.load(task_files.task_group("gsm8k-metamath"), "mirror", mirror(tmp_path, rows), trains=True)
 
 
 # -- sets that are only scored ---------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_a_set_without_training_rows(name: str) -> None:
     task = task_files.get(name)
     assert task.training_split is None
     with pytest.raises(sources.NoRows, match="has no training rows"):
-        run_data.load(task_files.course(name), "embedded", None, trains=True)
+        run_data.load(task_files.task_group(name), "embedded", None, trains=True)
     rows = sources.load(task, "embedded", trains=False)
     assert rows.train is None and len(rows.test) == 100
     prompt, _ = prompted(task, rows.test[0])
@@ -182,18 +182,18 @@ def test_a_set_without_training_rows(name: str) -> None:
 
 
 def test_the_group_trains_on_gsm8k_alone() -> None:
-    found = run_data.load(task_files.course("math"), "embedded", None, trains=True)
+    found = run_data.load(task_files.task_group("math"), "embedded", None, trains=True)
     assert found.info["trained_on"] == {"gsm8k": 2400} and "overlap" not in found.info
-    assert [p.name for p in found.parts] == ["gsm8k", *ONLY_SCORED]
+    assert [p.name for p in found.eval_sets] == ["gsm8k", *ONLY_SCORED]
 
 
 @real
 def test_what_a_mirror_lacks_is_left_out() -> None:
-    found = run_data.load(task_files.course("math"), "mirror", REAL, trains=True)
+    found = run_data.load(task_files.task_group("math"), "mirror", REAL, trains=True)
     there = [
         n for n in ONLY_SCORED if (REAL / "llm_adapters__math" / task_files.get(n).dataset_name).is_dir()
     ]
-    assert [p.name for p in found.parts] == ["gsm8k", *there]
+    assert [p.name for p in found.eval_sets] == ["gsm8k", *there]
     assert {*found.info.get("left_out", {})} == {*ONLY_SCORED} - {*there}
 
 

@@ -121,15 +121,15 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch) -> None:
         external_results.read(tmp_path / "a.json")
 
 
-def test_the_command(say, tmp_path) -> None:
+def test_the_command(run_cli, tmp_path) -> None:
     put(tmp_path, "a", result())
     put(tmp_path, "b", "{")
-    code, out, err = say(f"board --import-peft {tmp_path}")
+    code, out, err = run_cli(f"board --import-peft {tmp_path}")
     assert code == 0 and "external" in out and "b.json" in err
-    code, out, _ = say(f"board --import-peft {tmp_path} --json")
+    code, out, _ = run_cli(f"board --import-peft {tmp_path} --json")
     assert one_document(out)[0]["origin"] == "HF PEFT method_comparison"
-    code, out, _ = say(f"board --import-peft {tmp_path} --out {tmp_path / 'out'}")
+    code, out, _ = run_cli(f"board --import-peft {tmp_path} --out {tmp_path / 'out'}")
     assert code == 0 and "| lora/llama-3.2-3B-rank32 |" in (tmp_path / "out" / "external.md").read_text()
     for folder, told in (("./nowhere", "no such folder"), (str(tmp_path / "out"), "no JSON files")):
-        code, out, err = say(f"board --import-peft {folder}")
+        code, out, err = run_cli(f"board --import-peft {folder}")
         assert code == 2 and told in err and out == ""

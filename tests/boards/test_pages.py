@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftzoo.adapters import saving
+from peftzoo.adapters import atomic, saving
 from peftzoo.boards import formats, pareto, replications
 from peftzoo.boards import pages as site
 from peftzoo.boards import tables as board
@@ -248,7 +248,7 @@ def test_sorted_filtered_and_searched_in_chromium(browser, folder: Path, tmp_pat
 @pytest.mark.slow
 def test_ten_thousand_records(tmp_path, monkeypatch) -> None:
     """Reading, ranking and writing the pages of 10,000 runs: in under 20 s of this process's own time."""
-    monkeypatch.setattr(saving.os, "fsync", lambda _: None)
+    monkeypatch.setattr(atomic.os, "fsync", lambda _: None)
     rng, count = np.random.default_rng(0), 0
     lines = [[{"row": i, "filter": "none", "acc": float(a)} for i, a in enumerate(rng.integers(0, 2, 20))]
              for _ in range(10)]  # fmt: skip

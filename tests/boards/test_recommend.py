@@ -75,16 +75,16 @@ def test_what_is_no_amount(text: str) -> None:
         amount("--x", text)
 
 
-def test_the_command(say, tmp_path) -> None:
+def test_the_command(run_cli, tmp_path) -> None:
     with_outcomes(tmp_path, "lora", 0.8)
     line = f"recommend --results {tmp_path} --model embedded --task-like sentiment"
-    code, out, err = say(f"{line} --max-trainable 1M")
+    code, out, err = run_cli(f"{line} --max-trainable 1M")
     assert code == 0 and "lora" in out and "Missing: " in out and "+-95 %" in out and err == ""
-    code, out, _ = say(f"{line} --json")
+    code, out, _ = run_cli(f"{line} --json")
     (table,) = one_document(out)["tables"]
     assert table["table"][0]["method"] == "lora" and table["table"][0]["rank"] == 1
-    code, out, _ = say(f"{line} --max-trainable 3")
+    code, out, _ = run_cli(f"{line} --max-trainable 3")
     assert code == 0 and "No measured row is within this budget" in out and "Beyond the budget: 1" in out
     for extra, told in (("--max-trainable x", '"x"'), ("--results ./nowhere", "no such folder")):
-        code, out, err = say(f"{line} {extra}")
+        code, out, err = run_cli(f"{line} {extra}")
         assert code == 2 and told in err and err.count("\n") == 1

@@ -250,17 +250,17 @@ def test_no_cell_of_a_csv_file_begins_a_row_or_a_formula(method: str) -> None:
     assert cell.lstrip()[0] in "x'"
 
 
-def test_only_tables_of_a_board_are_removed(say, tmp_path) -> None:
+def test_only_tables_of_a_board_are_removed(run_cli, tmp_path) -> None:
     for record in with_outcomes(tmp_path / "in", "lora", 0.6):
         assert record.file
     mine = tmp_path / "out" / "tables" / "sales-20240131.csv"
     mine.parent.mkdir(parents=True)
     mine.write_text("task,amount\nx,1\n")
-    assert say(f"board {tmp_path / 'in'} --out {tmp_path / 'out'}")[0] == 0
+    assert run_cli(f"board {tmp_path / 'in'} --out {tmp_path / 'out'}")[0] == 0
     (first,) = {*mine.parent.iterdir()} - {mine}
     for record in with_outcomes(tmp_path / "other", "lora", 0.6, task="stsb"):
         assert record.file
-    assert say(f"board {tmp_path / 'other'} --out {tmp_path / 'out'}")[0] == 0
+    assert run_cli(f"board {tmp_path / 'other'} --out {tmp_path / 'out'}")[0] == 0
     assert mine.is_file() and not first.exists() and len([*mine.parent.iterdir()]) == 2
 
 
@@ -289,7 +289,7 @@ def test_free_parts_of_a_record_may_hold_anything(key: str, value) -> None:
 
 
 @pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, 1e15, 1e-300])
-def test_numbers_beyond_all_measure_stop_no_command(say, tmp_path, value: float) -> None:
+def test_numbers_beyond_all_measure_stop_no_command(run_cli, tmp_path, value: float) -> None:
     wild = {"step_time": {"median_ms": abs(value)}, "latency": {"token_ms": abs(value)}}
     for i, record in enumerate([
         *(make("odd", s, v, **wild) for s, v in enumerate((value, -value, 0.5))), make("lora", 0, 0.5),
@@ -297,10 +297,10 @@ def test_numbers_beyond_all_measure_stop_no_command(say, tmp_path, value: float)
     ]):  # fmt: skip
         record.train_seconds, record.created = 2.0, str(i)
         store.write(tmp_path, record)
-    code, out, err = say(f"board {tmp_path} --html {tmp_path / 'site'} --json")
+    code, out, err = run_cli(f"board {tmp_path} --html {tmp_path / 'site'} --json")
     assert code == 0 and json.loads(out), err
-    assert say(f"board {tmp_path} --html {tmp_path / 'site'}")[0] == 0
-    code, out, err = say(f"recommend --results {tmp_path} --model embedded --task-like sentiment --json")
+    assert run_cli(f"board {tmp_path} --html {tmp_path / 'site'}")[0] == 0
+    code, out, err = run_cli(f"recommend --results {tmp_path} --model embedded --task-like sentiment --json")
     assert code == 0 and json.loads(out), err
 
 

@@ -51,8 +51,8 @@ QUICK = "--steps 2 --batch-size 2 --limit 2 --precision fp32"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_help_ends_with_an_example_that_parses(say, command: str) -> None:
-    code, out, err = say(f"{command} --help")
+def test_every_help_ends_with_an_example_that_parses(run_cli, command: str) -> None:
+    code, out, err = run_cli(f"{command} --help")
     assert code == 0 and err == ""
     last = out.rstrip().splitlines()[-1].strip()
     assert last.startswith("Example: peftzoo ") and last.split()[2] == command.split()[0]
@@ -60,8 +60,8 @@ def test_every_help_ends_with_an_example_that_parses(say, command: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["--help", "-h", ""])
-def test_the_overview_fits_a_terminal(say, line: str) -> None:
-    code, out, err = say(line)
+def test_the_overview_fits_a_terminal(run_cli, line: str) -> None:
+    code, out, err = run_cli(line)
     assert code == 0 and err == ""
     lines = out.rstrip().splitlines()
     assert len(lines) <= 28 and max(map(len, lines)) <= 80
@@ -69,15 +69,15 @@ def test_the_overview_fits_a_terminal(say, line: str) -> None:
     assert "peftzoo bench --method unilora --task gsm8k" in lines[-1]
 
 
-def test_a_group_without_a_command_shows_its_help(say) -> None:
-    code, out, err = say("models")
+def test_a_group_without_a_command_shows_its_help(run_cli) -> None:
+    code, out, err = run_cli("models")
     assert code == 0 and "get" in out and err == ""
 
 
-def test_the_version(say) -> None:
+def test_the_version(run_cli) -> None:
     from peftzoo import __version__
 
-    assert say("--version") == (0, f"peftzoo {__version__}\n", "")
+    assert run_cli("--version") == (0, f"peftzoo {__version__}\n", "")
 
 
 # -- mistakes -------------------------------------------------------------------------------------------
@@ -145,11 +145,11 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("line", "value", "way"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_a_mistake_is_one_line_that_names_it_and_the_way_out(
-    say, tmp_path, monkeypatch, line, value, way
+    run_cli, tmp_path, monkeypatch, line, value, way
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PEFTZOO_DATA", raising=False)
-    code, out, err = say(line)
+    code, out, err = run_cli(line)
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert value in err and way in err and "Traceback" not in err
@@ -157,8 +157,8 @@ def test_a_mistake_is_one_line_that_names_it_and_the_way_out(
     assert left == [], "a mistake leaves files"
 
 
-def test_an_empty_results_folder_says_how_to_fill_it(say, tmp_path) -> None:
-    code, out, err = say(f"board {tmp_path}")
+def test_an_empty_results_folder_says_how_to_fill_it(run_cli, tmp_path) -> None:
+    code, out, err = run_cli(f"board {tmp_path}")
     assert (code, out) == (2, "") and "peftzoo bench" in err and err.count("\n") == 1
 
 
@@ -172,8 +172,8 @@ def test_mistakes_in_a_process_of_its_own(line: str) -> None:
 # -- what goes where ------------------------------------------------------------------------------------
 
 
-def test_bench_gives_one_json_document_and_progress_apart(say, tmp_path) -> None:
-    code, out, err = say(f"bench --method lora,none --task sst2 {QUICK} --out {tmp_path} --json")
+def test_bench_gives_one_json_document_and_progress_apart(run_cli, tmp_path) -> None:
+    code, out, err = run_cli(f"bench --method lora,none --task sst2 {QUICK} --out {tmp_path} --json")
     assert code == 0, err
     records = one_document(out)
     for record, method in zip(records, ("lora", "none"), strict=True):
@@ -187,22 +187,22 @@ def test_bench_gives_one_json_document_and_progress_apart(say, tmp_path) -> None
     assert "lora on sst2, seed 0" in err
 
 
-def test_a_record_is_not_made_twice_unless_forced(say, tmp_path) -> None:
+def test_a_record_is_not_made_twice_unless_forced(run_cli, tmp_path) -> None:
     line = f"bench --method lora --task sst2 {QUICK} --out {tmp_path}"
-    assert say(line)[0] == 0
+    assert run_cli(line)[0] == 0
     (file,) = (tmp_path / "records").rglob("*.json")
     before = file.stat().st_mtime_ns
-    code, out, err = say(line)
+    code, out, err = run_cli(line)
     assert code == 0 and "on record" in err and file.stat().st_mtime_ns == before
-    assert say(f"{line} --force")[0] == 0 and file.stat().st_mtime_ns != before
+    assert run_cli(f"{line} --force")[0] == 0 and file.stat().st_mtime_ns != before
     assert "acc" in out and str(file) in out, "the table of a run that is on record is not shown"
     (adapter,) = (tmp_path / "adapters").iterdir()
     assert {p.name for p in adapter.iterdir()} == {"adapter.json", "adapter.safetensors"}
 
 
-def test_seeds_share_their_id_and_settings_do_not(say, tmp_path) -> None:
-    say(f"bench --method none --task sst2 --limit 2 --precision fp32 --seeds 0,1 --out {tmp_path}")
-    say(f"bench --method none --task sst2 --limit 3 --precision fp32 --out {tmp_path}")
+def test_seeds_share_their_id_and_settings_do_not(run_cli, tmp_path) -> None:
+    run_cli(f"bench --method none --task sst2 --limit 2 --precision fp32 --seeds 0,1 --out {tmp_path}")
+    run_cli(f"bench --method none --task sst2 --limit 3 --precision fp32 --out {tmp_path}")
     names = sorted(p.name for p in (tmp_path / "records").rglob("*.json"))
     assert len(names) == 3 and len({n.split("-")[0] for n in names}) == 2
 
@@ -212,23 +212,25 @@ def test_seeds_share_their_id_and_settings_do_not(say, tmp_path) -> None:
     ["list methods", "list tasks", "list models", "show lora", "show sst2", "params --method lora,ia3",
      "doctor", "models get embedded", "board {results}", "new-method my-method --out {tmp}"],
 )  # fmt: skip
-def test_every_command_gives_json(say, tmp_path, line: str) -> None:
+def test_every_command_gives_json(run_cli, tmp_path, line: str) -> None:
     from tests.records.test_store import make
 
     store.write(tmp_path / "results", make())
-    code, out, err = say(line.format(results=tmp_path / "results", tmp=tmp_path) + " --json")
+    code, out, err = run_cli(line.format(results=tmp_path / "results", tmp=tmp_path) + " --json")
     assert code == 0 and err == "", err
     document = one_document(out)
     assert document
 
 
 @pytest.mark.slow
-def test_profile_and_check_give_json(say) -> None:
-    code, out, _ = say("profile --method lora --rounds 1 --batch-size 1 --length 4 --model embedded --json")
+def test_profile_and_check_give_json(run_cli) -> None:
+    code, out, _ = run_cli(
+        "profile --method lora --rounds 1 --batch-size 1 --length 4 --model embedded --json"
+    )
     (row,) = one_document(out)
     assert code == 0 and row["floor_ratio"] > 0 and "peft_floor_ratio" in row
     assert {"name", "status", "trainable_params"} <= row.keys()
-    code, out, _ = say("check lora --json")
+    code, out, _ = run_cli("check lora --json")
     assert code == 0 and {r["status"] for r in one_document(out)} <= {"ok", "skipped", "known"}
 
 
@@ -243,61 +245,61 @@ def test_counting_a_large_model_is_exact_and_quick() -> None:
     assert spent < 15, f"{spent:.1f} s of process time"
 
 
-def test_counts_as_json(say) -> None:
-    (row,) = one_document(say("params --method unilora --model llama-2-7b --set d=524288 --json")[1])
+def test_counts_as_json(run_cli) -> None:
+    (row,) = one_document(run_cli("params --method unilora --model llama-2-7b --set d=524288 --json")[1])
     assert row["trainable_params"] == 524288 and row["method"] == "unilora" and row["base_params"] > 6e9
 
 
-def test_doctor_shows_what_a_report_needs(say) -> None:
-    code, out, _ = say("doctor")
+def test_doctor_shows_what_a_report_needs(run_cli) -> None:
+    code, out, _ = run_cli("doctor")
     assert code == 0
     for word in ("device", "threads", "torch", "transformers", "Hub", "PEFTZOO_DATA"):
         assert word in out
 
 
-def test_lists_name_everything(say) -> None:
+def test_lists_name_everything(run_cli) -> None:
     from peftzoo.contract import registry
 
-    assert all(re.search(rf"\b{re.escape(n)}\b", say("list methods")[1]) for n in registry.methods())
-    shown = say("list tasks")[1]
+    assert all(re.search(rf"\b{re.escape(n)}\b", run_cli("list methods")[1]) for n in registry.methods())
+    shown = run_cli("list tasks")[1]
     assert all(n in shown for n in task_files.tasks())
 
 
-def test_a_list_of_tasks_says_where_their_rows_may_come_from(say, tmp_path, monkeypatch) -> None:
+def test_a_list_of_tasks_says_where_their_rows_may_come_from(run_cli, tmp_path, monkeypatch) -> None:
     (tmp_path / "openai__gsm8k" / "main").mkdir(parents=True)
     (tmp_path / "openai__gsm8k" / "main" / "test.jsonl").write_text("{}")
     monkeypatch.setenv("PEFTZOO_DATA", str(tmp_path))
-    found = {row["name"]: row for row in one_document(say("list tasks --json")[1])}
+    found = {row["name"]: row for row in one_document(run_cli("list tasks --json")[1])}
     assert found["gsm8k"]["sources"] == ["embedded", "mirror", "hub"] and found["gsm8k"]["suite"] == "gsm8k"
     assert found["sst2"]["sources"] == ["embedded", "hub"] and found["math"]["sources"] == ["embedded", "hub"]
     assert found["bbh-causal_judgement"]["sources"] == ["hub"]
-    line = next(x for x in say("list tasks")[1].splitlines() if " sst2 " in x)
+    line = next(x for x in run_cli("list tasks")[1].splitlines() if " sst2 " in x)
     assert re.search(r"sst2 +acc +last-step.* 300 *$", line), line
-    line = next(x for x in say("list tasks")[1].splitlines() if " gsm8k " in x)
+    line = next(x for x in run_cli("list tasks")[1].splitlines() if " gsm8k " in x)
     assert re.search(r"gsm8k +exact_match,strict +gsm8k-train +200 +yes *$", line), line
 
 
-def test_a_bad_record_is_named_and_skipped(say, tmp_path) -> None:
+def test_a_bad_record_is_named_and_skipped(run_cli, tmp_path) -> None:
     from tests.records.test_store import make
 
     store.write(tmp_path, make())
     (tmp_path / "records" / "broken.json").write_text('{"a": NaN')
-    code, out, err = say(f"board {tmp_path}")
+    code, out, err = run_cli(f"board {tmp_path}")
     assert code == 0 and "lora" in out and "skipped" in err and "broken.json" in err
-    code, out, err = say(f"board {tmp_path} --out {tmp_path / 'site'}")
+    code, out, err = run_cli(f"board {tmp_path} --out {tmp_path / 'site'}")
     assert code == 0 and "| lora |" in (tmp_path / "site" / "board.md").read_text()
 
 
 # -- how a run may end ----------------------------------------------------------------------------------
 
 
-def test_ctrl_c_leaves_a_record_and_exit_code_130(say, tmp_path, monkeypatch) -> None:
+def test_ctrl_c_leaves_a_record_and_exit_code_130(run_cli, tmp_path, monkeypatch) -> None:
     def stop(self, step, *_) -> None:
         if step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Work, "step", stop)
-    code, out, err = say(f"bench --method lora --task sst2 {QUICK} --out {tmp_path} --json")
+    monkeypatch.setattr(run.Runner, "on_step", stop)
+    code, out, err = run_cli(f"bench --method lora --task sst2 {QUICK} --out {tmp_path} --json")
     assert code == 130 and out == "" and err.splitlines()[-1].startswith("error: interrupted")
     (file,) = tmp_path.rglob("*-s0.json")
     assert file.relative_to(tmp_path).parts[0] == "cancelled"
@@ -306,16 +308,16 @@ def test_ctrl_c_leaves_a_record_and_exit_code_130(say, tmp_path, monkeypatch) ->
     monkeypatch.undo()
 
 
-def test_a_run_that_breaks_down_is_recorded_and_the_next_one_runs(say, tmp_path, monkeypatch) -> None:
-    whole = run.Work.do
+def test_a_run_that_breaks_down_is_recorded_and_the_next_one_runs(run_cli, tmp_path, monkeypatch) -> None:
+    whole = run.Runner.execute
 
     def do(self, fresh):
         if self.plan.request.method == "lora":
             raise OSError(f"cannot map {tmp_path}/secret/file.bin of 'x'")
         return whole(self, fresh)
 
-    monkeypatch.setattr(run.Work, "do", do)
-    code, out, _ = say(f"bench --method lora,none --task sst2 {QUICK} --out {tmp_path} --json")
+    monkeypatch.setattr(run.Runner, "execute", do)
+    code, out, _ = run_cli(f"bench --method lora,none --task sst2 {QUICK} --out {tmp_path} --json")
     failed, good = one_document(out)
     assert code == 1 and failed["status"] == "failed" and good["status"] == "ok"
     assert failed["reason"].startswith("OSError: cannot map file.bin") and "test_cli.py:" in failed["reason"]
@@ -323,8 +325,8 @@ def test_a_run_that_breaks_down_is_recorded_and_the_next_one_runs(say, tmp_path,
     assert [p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob(f"{failed['id']}-s0.json")] == ["failed"]
 
 
-def test_a_loss_that_explodes_is_a_failed_record(say, tmp_path) -> None:
-    code, out, _ = say(
+def test_a_loss_that_explodes_is_a_failed_record(run_cli, tmp_path) -> None:
+    code, out, _ = run_cli(
         f"bench --method lora --task sst2 {QUICK} --lr 1e30 --warmup 0 --out {tmp_path} --json"
     )
     (record,) = one_document(out)
@@ -336,14 +338,14 @@ def test_a_loss_that_explodes_is_a_failed_record(say, tmp_path) -> None:
     assert record["score"] is None
 
 
-def test_a_run_that_was_killed_goes_on(say, tmp_path, monkeypatch) -> None:
+def test_a_run_that_was_killed_goes_on(run_cli, tmp_path, monkeypatch) -> None:
     """The second run picks up the checkpoint and gives the record of a run that was never stopped."""
     from peftzoo.training import loop
 
     line = f"bench --method lora --task sst2 {QUICK} --set dropout=0.2 --json".replace(
         "--steps 2", "--steps 6"
     )
-    whole = one_document(say(f"{line} --out {tmp_path / 'a'}")[1])[0]
+    whole = one_document(run_cli(f"{line} --out {tmp_path / 'a'}")[1])[0]
     start = loop.Loop.__init__
 
     def often(self, *args, **kwargs) -> None:
@@ -353,11 +355,11 @@ def test_a_run_that_was_killed_goes_on(say, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(loop.Loop, "__init__", often)
     with monkeypatch.context() as inner:
         inner.setattr(
-            run.Work, "step", lambda self, step, *_: exec("raise SystemExit(9)") if step == 5 else None
+            run.Runner, "on_step", lambda self, step, *_: exec("raise SystemExit(9)") if step == 5 else None
         )
-        assert say(f"{line} --out {tmp_path / 'b'}")[0] == 9
+        assert run_cli(f"{line} --out {tmp_path / 'b'}")[0] == 9
     assert [*(tmp_path / "b").rglob("*.safetensors")], "no checkpoint"
-    again = one_document(say(f"{line} --out {tmp_path / 'b'}")[1])[0]
+    again = one_document(run_cli(f"{line} --out {tmp_path / 'b'}")[1])[0]
     assert again["resumed_at"] == 4 and again["id"] == whole["id"]
     assert (again["final_loss"], again["score"]["value"]) == (whole["final_loss"], whole["score"]["value"])
     assert not [*(tmp_path / "b" / "checkpoints").iterdir()], "the checkpoint stays for good"
@@ -375,7 +377,7 @@ class Mine(next(c for c in vars(base).values() if getattr(c, "name", "") == "non
 """
 
 
-def test_a_record_names_no_place(say, tmp_path, monkeypatch) -> None:
+def test_a_record_names_no_place(run_cli, tmp_path, monkeypatch) -> None:
     """Model folder, mirror, plugin and task file are named without their folders, and the command says so."""
     from peftzoo.models import catalogue
     from tests.tasks.test_sources import mirror
@@ -392,7 +394,7 @@ def test_a_record_names_no_place(say, tmp_path, monkeypatch) -> None:
         f"bench --method mine --task {secret / 'mine.yaml'} --plugin {secret / 'plug.py'} --limit 2 "
         f"--model {secret / 'weights'} --data {secret} --precision fp32 --out {tmp_path / 'out'} --json"
     )
-    code, out, err = say(line)
+    code, out, err = run_cli(line)
     assert code == 0, err
     (record,) = one_document(out)
     text = json.dumps(record)
@@ -403,12 +405,14 @@ def test_a_record_names_no_place(say, tmp_path, monkeypatch) -> None:
     assert record["data"]["source"] == "mirror"
 
 
-def test_the_recorded_command_repeats_the_run(say, tmp_path) -> None:
+def test_the_recorded_command_repeats_the_run(run_cli, tmp_path) -> None:
     line = f"bench --method lora --task sst2 {QUICK} --set r=2 --set targets=q,v --lr 0.002 --seeds 3"
     line += " --schedule cosine"
-    (one,) = one_document(say(f"{line} --out {tmp_path / 'a'} --json")[1])
+    (one,) = one_document(run_cli(f"{line} --out {tmp_path / 'a'} --json")[1])
     assert one["command"].startswith("peftzoo ")
-    (two,) = one_document(say(f"{one['command'].removeprefix('peftzoo ')} --out {tmp_path / 'b'} --json")[1])
+    (two,) = one_document(
+        run_cli(f"{one['command'].removeprefix('peftzoo ')} --out {tmp_path / 'b'} --json")[1]
+    )
     for key in ("id", "seed", "final_loss", "method_config", "train_config"):
         assert one[key] == two[key], key
     assert one["score"]["value"] == two["score"]["value"]
@@ -435,7 +439,7 @@ def test_the_package_imports_quickly_and_light() -> None:
     assert importlib.import_module("peftzoo").__version__
 
 
-def test_an_option_for_one_of_several_methods(say) -> None:
+def test_an_option_for_one_of_several_methods(run_cli) -> None:
     line = "params --method lora,dora,hf:lora --set r=4 --set dora.r=2 --set hf:lora.r=3 --json"
-    rows = one_document(say(line)[1])
+    rows = one_document(run_cli(line)[1])
     assert [r["config"]["r"] for r in rows] == [4, 2, 3]

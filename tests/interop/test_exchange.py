@@ -75,7 +75,7 @@ def test_peft_loads_it_and_it_comes_back(name, tmp_path):
     near(logits(theirs, case), want)
     for method in (name, SAME.get(name, REDRAWN.get(name, name))):
         model = case.model()
-        again, told = peft_import.adopt(peft_import.read(tmp_path / "out"), model)
+        again, told = peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)
         near(logits(model, case), want)
         assert told["method"] == method and not told["ignored"]
         saving.save(again, tmp_path / method.replace(":", "-"))
@@ -93,7 +93,7 @@ def test_a_head_goes_along(name, arch, tmp_path):
         to(handle, out)
         near(logits(peft.PeftModel.from_pretrained(case.model(), out).eval(), case), want)
     model = case.model()
-    again, told = peft_import.adopt(peft_import.read(tmp_path / "to_peft"), model)
+    again, told = peft_import.import_adapter(peft_import.read(tmp_path / "to_peft"), model)
     near(logits(model, case), want)
     assert told["method"] == name and list(again.head) == list(case.head)
 
@@ -104,7 +104,7 @@ def test_options_are_found_again(tmp_path):
     handle = peftzoo.attach(Case(object, "llama").model(), "lora", **options)
     export.to_peft(handle, tmp_path / "out")
     (tmp_path / "out" / export.REPORT).unlink()
-    again, _ = peft_import.adopt(peft_import.read(tmp_path / "out"), Case(object, "llama").model())
+    again, _ = peft_import.import_adapter(peft_import.read(tmp_path / "out"), Case(object, "llama").model())
     assert again.adapter.config == handle.adapter.config
 
 
@@ -119,7 +119,7 @@ def test_a_neighbour_goes_out_and_comes_back(kind, tmp_path):
     export.to_peft(handle, tmp_path / "out")
     want, model = logits(handle.model, case), case.model()
     near(logits(peft.PeftModel.from_pretrained(case.model(), tmp_path / "out").eval(), case), want)
-    peft_import.adopt(peft_import.read(tmp_path / "out"), model)
+    peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)
     near(logits(model, case), want)
 
 
@@ -138,7 +138,7 @@ def test_what_peft_itself_saved(tmp_path):
                 p.data.add_(0.3 * torch.randn_like(p))
         theirs.save_pretrained(tmp_path / method)
         model = case.model()
-        handle, told = peft_import.adopt(peft_import.read(tmp_path / method), model)
+        handle, told = peft_import.import_adapter(peft_import.read(tmp_path / method), model)
         near(logits(model, case), logits(theirs, case))
         assert told["method"] == method and [s.name for s in handle.sites] == names
 
@@ -303,7 +303,7 @@ def test_spoilt_folders_are_refused_and_the_model_left_alone(what, exported, tmp
     model = Case(object, "llama").model()
     before, modules = snapshot(model), dict(model.named_modules())
     with pytest.raises(UserError, match=said):
-        peft_import.adopt(peft_import.read(tmp_path / "out"), model)
+        peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)
     assert_unchanged(before, model, "a refused import")
     assert dict(model.named_modules()) == modules
 
@@ -318,7 +318,7 @@ def test_a_foreign_note_beside_the_files_does_no_harm(tmp_path):
     ):
         (tmp_path / "out" / export.REPORT).write_text(json.dumps(note))
         model = case.model()
-        assert peft_import.adopt(peft_import.read(tmp_path / "out"), model)[1]["method"] == "lora"
+        assert peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)[1]["method"] == "lora"
         near(logits(model, case), logits(handle.model, case))
 
 

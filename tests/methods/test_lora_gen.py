@@ -275,7 +275,10 @@ def test_a_description_that_is_too_long(tiny, inputs):
 
 def test_a_run_fills_in_the_tasks_words():
     plan = Plan(Request("lora-gen", "gsm8k"))
-    assert plan.adapter.config.description == plan.course.words and "step by step" in plan.course.words
+    assert (
+        plan.adapter.config.description == plan.task_group.instruction
+        and "step by step" in plan.task_group.instruction
+    )
     assert Plan(Request("lora-gen", "gsm8k", options={"description": "x"})).adapter.config.description == "x"
     assert "description" not in Plan(Request("lora", "gsm8k")).adapter.config.model_dump()
 

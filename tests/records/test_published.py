@@ -70,10 +70,15 @@ def plan(**given) -> Plan:
 
 def test_a_preset_sets_options_and_training():
     p = plan()
-    assert (p.adapter.config.r, p.adapter.config.init, p.config.schedule) == (128, "pissa", "cosine")
-    assert p.config.steps == round(p.material.trained_rows / 128) and p.config.lr == 2e-5
+    assert (p.adapter.config.r, p.adapter.config.init, p.train_config.schedule) == (128, "pissa", "cosine")
+    assert p.train_config.steps == round(p.data.trained_rows / 128) and p.train_config.lr == 2e-5
     p = plan(options={"r": "4"}, train={"steps": 7, "lr": 1e-3})
-    assert (p.adapter.config.r, p.config.steps, p.config.lr, p.config.batch_size) == (4, 7, 1e-3, 128)
+    assert (p.adapter.config.r, p.train_config.steps, p.train_config.lr, p.train_config.batch_size) == (
+        4,
+        7,
+        1e-3,
+        128,
+    )
     assert "--epochs" not in p.command() and "--steps 7" in p.command()
 
 
@@ -91,14 +96,14 @@ def test_one_task_may_have_options_of_its_own():
 
 def test_a_tasks_own_options_reach_the_run():
     p = Plan(Request("fourierft", "sst2", preset="paper-glue-base", train={"steps": 1}))
-    assert p.adapter.config.alpha == 140 and p.config.lr == 5e-2 and p.config.head_lr == 6e-3
+    assert p.adapter.config.alpha == 140 and p.train_config.lr == 5e-2 and p.train_config.head_lr == 6e-3
     p = Plan(Request("fourierft", "stsb", preset="paper-glue-base", options={"alpha": "7"}))
     assert p.adapter.config.alpha == 7
 
 
 def test_epochs_become_steps():
     p = Plan(Request("lora", "gsm8k", train={"epochs": 0.5, "batch_size": 10}))
-    assert p.config.steps == round(0.05 * p.material.trained_rows)
+    assert p.train_config.steps == round(0.05 * p.data.trained_rows)
 
 
 def test_unknown_preset_names_the_nearest():

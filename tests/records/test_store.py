@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peftzoo.adapters import saving, write_atomically
+from peftzoo.adapters import atomic, saving, write_atomically
 from peftzoo.errors import UserError
 from peftzoo.records import store
 from peftzoo.records.schema import Record
@@ -77,7 +77,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, moment
     def crash(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(saving.os, moment, crash)
+    monkeypatch.setattr(atomic.os, moment, crash)
     with pytest.raises(OSError, match="no space"):
         store.write(tmp_path, make(seed=0, name="new"))
     assert path.read_bytes() == before

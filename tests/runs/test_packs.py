@@ -22,10 +22,10 @@ from peftzoo.contract import registry
 from peftzoo.errors import UserError
 from peftzoo.runs._pack_loop import PackLoop
 from peftzoo.runs._pack_scoring import PackedModel
-from peftzoo.runs._packed_adapter import Pack, unfit
-from peftzoo.runs.packs import Packer, parse, run_packs, share
+from peftzoo.runs._packed_adapter import Pack, pack_refusal
+from peftzoo.runs.packs import Packer, bytes_needed, parse, run_packs
 from peftzoo.runs.plan import Plan, Request
-from peftzoo.runs.run import alone, blank, run
+from peftzoo.runs.run import new_record, run, run_lock
 from peftzoo.scoring.language_model import LanguageModel
 from peftzoo.training.batches import Example
 from peftzoo.training.config import TrainConfig
@@ -67,20 +67,20 @@ def test_every_method_shares_the_base_with_another(name: str) -> None:
         pytest.skip(reason)
     model = copy.deepcopy(_base("llama"))
     members = [handle(model, name, 1), handle(model, "lora", 2), handle(model, "ia3", 3)]
-    if reason := unfit(members[0]):
+    if reason := pack_refusal(members[0]):
         with pytest.raises(UserError, match=f'"{name}" cannot share the base: {reason[:20]}'):
             Pack(members)
         return
-    rows, alone = (slice(0, 3), slice(3, 5), slice(5, 6)), []
+    rows, run_lock = (slice(0, 3), slice(3, 5), slice(5, 6)), []
     for member, cut in zip(members, rows, strict=True):
         with member.on():
-            alone.append(graded(model, [member], batch, cut))
+            run_lock.append(graded(model, [member], batch, cut))
     pack = Pack(members)
     attach(model, pack)
     for _ in range(2):  # the second time it is known who does without the base's output
         with pack.rows([3, 2, 1]):
             out, grads = graded(model, members, batch)
-        for (wanted, (theirs,)), cut, mine in zip(alone, rows, grads, strict=True):
+        for (wanted, (theirs,)), cut, mine in zip(run_lock, rows, grads, strict=True):
             torch.testing.assert_close(out[cut], wanted, **TIGHT)
             for a, b in zip(mine, theirs, strict=True):
                 a, b = (torch.zeros(1) if g is None else g for g in (a, b))
@@ -132,13 +132,13 @@ def loops(accelerator, model: nn.Module | None, runs=RUNS) -> list[Loop]:
 
 def test_each_run_in_a_pack_is_as_it_is_alone(accelerator) -> None:
     """Methods, learning rates, schedules, batch sizes, seeds and lengths mixed."""
-    alone = loops(accelerator, None)
-    for loop in alone:
+    run_lock = loops(accelerator, None)
+    for loop in run_lock:
         with loop.attached.on():
             loop.run()
-    together = loops(accelerator, copy.deepcopy(_base("llama")))
-    PackLoop(together).run()
-    for a, b in zip(together, alone, strict=True):
+    shared_scoring = loops(accelerator, copy.deepcopy(_base("llama")))
+    PackLoop(shared_scoring).run()
+    for a, b in zip(shared_scoring, run_lock, strict=True):
         assert a.out.losses == pytest.approx(b.out.losses, rel=1e-5, abs=1e-5)
         mine, theirs = a.attached.state_dict(), b.attached.state_dict()
         for name in mine:
@@ -160,18 +160,21 @@ def test_half_precision_is_that_of_a_run_alone(accelerator, monkeypatch) -> None
             return grad
 
     half = [("lora", 1e-2, 3, 2, "linear"), ("loha", 1e-2, 3, 2, "linear")]
-    alone, together = loops(accelerator, None, half), loops(accelerator, copy.deepcopy(_base("llama")), half)
-    for loop in (*alone, *together):
+    run_lock, shared_scoring = (
+        loops(accelerator, None, half),
+        loops(accelerator, copy.deepcopy(_base("llama")), half),
+    )
+    for loop in (*run_lock, *shared_scoring):
         object.__setattr__(loop.config, "precision", "bf16")
-    for loop in alone:
+    for loop in run_lock:
         with loop.attached.on():
             loop.run()
-    norm = together[0].attached.model.model.norm
+    norm = shared_scoring[0].attached.model.model.norm
     whole = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: Watched.apply(whole(x)))
-    PackLoop(together).run()
+    PackLoop(shared_scoring).run()
     assert seen == [False] * 3
-    for a, b in zip(together, alone, strict=True):
+    for a, b in zip(shared_scoring, run_lock, strict=True):
         assert a.out.losses == pytest.approx(b.out.losses, rel=2e-2)
 
 
@@ -204,16 +207,16 @@ def test_a_neighbour_of_hf_peft_shares_the_base(accelerator) -> None:
         for p in m.parameters():
             p.data.add_(0.02)
     batch, cuts = make_batches("llama")[0], (slice(0, 4), slice(4, 6))
-    alone = []
+    run_lock = []
     for member, cut in zip(members, cuts, strict=True):
         with member.on():
-            alone.append(graded(model, [member], batch, cut))
+            run_lock.append(graded(model, [member], batch, cut))
     pack = Pack(members)
     attach(model, pack)
     for _ in range(2):
         with pack.rows([4, 2]):
             out, _ = graded(model, members, batch)
-        for (wanted, _), cut in zip(alone, cuts, strict=True):
+        for (wanted, _), cut in zip(run_lock, cuts, strict=True):
             torch.testing.assert_close(out[cut], wanted, **TIGHT)
 
 
@@ -303,18 +306,18 @@ def test_every_method_is_scored_in_shared_batches_as_alone(name: str) -> None:
         pytest.skip(reason)
     model = copy.deepcopy(_base("llama"))
     members = [handle(model, name, 1), handle(model, "lora", 2), handle(model, "prefix-tuning", 3)]
-    if unfit(members[0]):
-        pytest.skip(unfit(members[0]))
+    if pack_refusal(members[0]):
+        pytest.skip(pack_refusal(members[0]))
     found = [answers(model, members[0]), *neighbours()]
-    alone = [a for choices, _ in found for a in choices], [a for _, texts in found for a in texts]
+    run_lock = [a for choices, _ in found for a in choices], [a for _, texts in found for a in texts]
     pack = Pack(members)
     attach(model, pack)
     lm = PackedModel(pack, model.eval(), Letters(), 4, None)
     choices, questions = asked([0, 1, 2])
-    for (mine, said), (theirs, so) in zip(lm.loglikelihood(choices), alone[0], strict=True):
+    for (mine, said), (theirs, so) in zip(lm.loglikelihood(choices), run_lock[0], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4) and said == so
-    assert lm.generate_until(questions) == alone[1]
-    assert len({tuple(alone[1][i : i + 3]) for i in (0, 3, 6)}) > 1, "the members answer alike: no proof"
+    assert lm.generate_until(questions) == run_lock[1]
+    assert len({tuple(run_lock[1][i : i + 3]) for i in (0, 3, 6)}) > 1, "the members answer alike: no proof"
 
 
 # -- runs -----------------------------------------------------------------------------------------------
@@ -333,10 +336,13 @@ def requests() -> list[Request]:
 def test_records_of_a_pack_are_those_of_single_runs(tmp_path) -> None:
     packed = run_packs(requests(), tmp_path / "pack", size=4)
     for (record, path, new), request in zip(packed, requests(), strict=True):
-        alone, _, _ = run(request, tmp_path / "alone")
+        run_lock, _, _ = run(request, tmp_path / "alone")
         assert new and path.is_file() and record.status == "ok", record.reason
-        assert record.id == alone.id and record.final_loss == pytest.approx(alone.final_loss, abs=1e-5)
-        assert record.result.value == alone.result.value and record.trainable_params == alone.trainable_params
+        assert record.id == run_lock.id and record.final_loss == pytest.approx(run_lock.final_loss, abs=1e-5)
+        assert (
+            record.result.value == run_lock.result.value
+            and record.trainable_params == run_lock.trainable_params
+        )
         if request.method == "full":
             assert record.packed is None and record.step_time
         else:
@@ -350,10 +356,10 @@ def test_more_than_64_rows_are_scored_together_unmerged(tmp_path) -> None:
     for (record, _, _), request in zip(
         run_packs(asked, tmp_path / "pack", size=2, score_together=True), asked, strict=True
     ):
-        alone, _, _ = run(request, tmp_path / "alone")
+        run_lock, _, _ = run(request, tmp_path / "alone")
         assert record.result is record.score and (record.score.rows, record.merged_score.rows) == (66, 64)
         assert record.result.value == pytest.approx(
-            alone.result.value, abs=1 / 66
+            run_lock.result.value, abs=1 / 66
         )  # rounding, one row at most
         assert record.examples and record.score.seconds > 0
     for record, _, _ in run_packs(asked, tmp_path / "apart", size=2):
@@ -367,20 +373,22 @@ def few(count: int = 4) -> list[Request]:
 
 def test_the_memory_decides_how_many(tmp_path, accelerator, monkeypatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("peftzoo.runs.packs.share", lambda loop: seen.append(share(loop)) or 100)
-    done = run_packs(few(), tmp_path / "a", room=299)
+    monkeypatch.setattr(
+        "peftzoo.runs.packs.bytes_needed", lambda loop: seen.append(bytes_needed(loop)) or 100
+    )
+    done = run_packs(few(), tmp_path / "a", memory_budget=299)
     assert [r.packed["runs"] for r, _, _ in done] == [2, 2, 2, 2]
     loaded = models.load("embedded")
     assert min(seen) > 4 * done[0][0].trainable_params and max(seen) < 2**30
     packer = Packer(loaded, tmp_path, accelerator, None, None, False, False, lambda *_: None, lambda _: None)
-    assert 2**28 < packer.room < 2**50
+    assert 2**28 < packer.memory_budget < 2**50
 
 
 def test_a_run_whose_memory_cannot_be_told_is_done_alone(tmp_path, monkeypatch) -> None:
     def full(loop: Loop) -> int:
         raise MemoryError("no room to try")
 
-    monkeypatch.setattr("peftzoo.runs.packs.share", full)
+    monkeypatch.setattr("peftzoo.runs.packs.bytes_needed", full)
     assert [(r.status, r.packed) for r, _, _ in run_packs(few(2), tmp_path)] == [("ok", None)] * 2
 
 
@@ -392,12 +400,12 @@ def test_runs_in_micro_batches_are_done_alone(tmp_path) -> None:
 
 def test_what_is_on_record_needs_no_model(tmp_path, monkeypatch) -> None:
     run_packs(few(2), tmp_path, size=2)
-    monkeypatch.setattr("peftzoo.runs.packs.load", lambda plan: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("peftzoo.runs.packs.load_model", lambda plan: pytest.fail("the model is loaded"))
     assert [new for _, _, new in run_packs(few(2), tmp_path, size=2)] == [False, False]
 
 
 def test_a_run_that_fits_nowhere_is_done_alone(tmp_path) -> None:
-    for record, _, _ in run_packs(few(2), tmp_path, room=1):
+    for record, _, _ in run_packs(few(2), tmp_path, memory_budget=1):
         assert record.status == "ok" and record.packed is None
 
 
@@ -434,7 +442,7 @@ def test_a_pack_that_breaks_down_is_done_one_by_one(tmp_path, monkeypatch) -> No
 
 def test_a_run_that_another_program_does_is_waited_for(tmp_path) -> None:
     busy = few(3)[1]
-    with alone(tmp_path, blank(Plan(busy)), 0):
+    with run_lock(tmp_path, new_record(Plan(busy)), 0):
         lock = next((tmp_path / "locks").glob("*.lock"))
     ready = threading.Event()
 
@@ -471,4 +479,4 @@ def test_a_pack_has_one_task() -> None:
 def test_a_trained_head_is_not_shared() -> None:
     loaded = models.load("embedded", head=models.Head("classification", 2))
     member = attach(loaded.model, "lora", head=loaded.head_names, install=False)
-    assert "head" in unfit(member)
+    assert "head" in pack_refusal(member)

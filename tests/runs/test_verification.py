@@ -78,9 +78,9 @@ def test_a_trial_of_a_search_is_done_on_its_own_rows() -> None:
         assert verification.request(make(data=held | {"held_out": odd})).hold_out is None
 
 
-def test_a_title_from_a_record_is_plain_text(say, tmp_path) -> None:
+def test_a_title_from_a_record_is_plain_text(run_cli, tmp_path) -> None:
     file = store.write(tmp_path, make(name="[/bold]\x1b[31m[red]x"))
-    code, out, err = say(f"verify {file} --no-run")
+    code, out, err = run_cli(f"verify {file} --no-run")
     assert code == 0 and "[/bold]" in out and "[red]x" in out and "\x1b" not in out, err
 
 
@@ -137,18 +137,18 @@ def test_a_record_without_outcomes(tmp_path) -> None:
     assert verdicts(verification.files(record))["score of the outcomes"]
 
 
-def test_the_command(say, copy: Path, tmp_path) -> None:
-    code, out, err = say(f"verify {copy} --json")
+def test_the_command(run_cli, copy: Path, tmp_path) -> None:
+    code, out, err = run_cli(f"verify {copy} --json")
     document = one_document(out)
     assert code == 0 and document["status"] == "ok" and len(document["checks"]) > 8, err
     copy.with_suffix(".examples.jsonl.gz").unlink()
-    code, out, _ = say(f"verify {copy} --no-run")
+    code, out, _ = run_cli(f"verify {copy} --no-run")
     assert code == 1 and "DIFFERS" in out and "does not hold" in out
     copy.write_text(copy.read_text().replace('"seed": 3', '"seed": 4'))
-    code, out, err = say(f"verify {copy}")
+    code, out, err = run_cli(f"verify {copy}")
     assert code == 2 and out == "" and "sha256" in err and err.count("\n") == 1
     failed = store.write(tmp_path, make(status="failed", score=None))
-    code, _, err = say(f"verify {failed}")
+    code, _, err = run_cli(f"verify {failed}")
     assert code == 2 and "failed run" in err
-    code, _, err = say("verify ./nowhere.json")
+    code, _, err = run_cli("verify ./nowhere.json")
     assert code == 2 and "nowhere.json" in err

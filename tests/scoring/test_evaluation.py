@@ -26,7 +26,7 @@ def embedded():
 
 def few(name: str, n: int = 6) -> Rows:
     rows = sources.load(task_files.get(name), "embedded")
-    return Rows(rows.train, rows.test.select(range(n)), rows.info, rows.shown)
+    return Rows(rows.train, rows.test.select(range(n)), rows.info, rows.fewshot)
 
 
 def answered(monkeypatch, name: str, answers: list[str], golds: list[str], metric: str) -> evaluation.Scores:
@@ -48,7 +48,7 @@ def answered(monkeypatch, name: str, answers: list[str], golds: list[str], metri
     lm_task = evaluation.harness_task(task_files.get(name), Rows(made, made))
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=1)
-    return evaluation.language(model, tokenizer, lm_task, 8, metric=metric)
+    return evaluation.score_language(model, tokenizer, lm_task, 8, metric=metric)
 
 
 # -- extraction of answers ------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_the_right_answer_scores_one(monkeypatch, task: task_files.Task) -> None
     monkeypatch.setattr("peftzoo.scoring.language_model.LanguageModel", lambda *_: Fixed())
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=1)
-    found = evaluation.language(model, tokenizer, lm_task, 8, metric=task.extra.metric)
+    found = evaluation.score_language(model, tokenizer, lm_task, 8, metric=task.extra.metric)
     assert set(found.metrics.values()) == {1.0} and found.unparsed == 0
 
 
@@ -144,13 +144,13 @@ def test_decoding_is_greedy_whatever_the_model_says(embedded, monkeypatch) -> No
     from transformers import GenerationConfig
 
     lm_task = evaluation.harness_task(task_files.get("gsm8k"), few("gsm8k", 3), max_new_tokens=12)
-    plain = evaluation.language(embedded.model, embedded.tokenizer, lm_task, 3)
+    plain = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 3)
     wild = GenerationConfig(
         do_sample=True, temperature=2.0, num_beams=3, repetition_penalty=5.0, eos_token_id=1
     )
     monkeypatch.setattr(embedded.model, "generation_config", wild)
     torch.manual_seed(1)
-    found = evaluation.language(embedded.model, embedded.tokenizer, lm_task, 3)
+    found = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 3)
     assert found.outcomes == plain.outcomes and embedded.model.generation_config is wild
 
 
@@ -180,7 +180,7 @@ def test_batch_size_and_order_of_rows_change_nothing(embedded, name: str) -> Non
     found = {}
     for key, given, size in (("one", rows, 1), ("all", rows, 5), ("turned", turned, 2)):
         lm_task = evaluation.harness_task(task, given, max_new_tokens=12)
-        found[key] = evaluation.language(embedded.model, embedded.tokenizer, lm_task, size)
+        found[key] = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, size)
     assert found["one"].metrics == found["all"].metrics == found["turned"].metrics
     if name == "gsm8k":
         assert found["one"].outcomes == found["all"].outcomes
@@ -195,7 +195,7 @@ def test_batch_size_and_order_of_rows_change_nothing(embedded, name: str) -> Non
 def test_choices_are_scored_by_their_likelihood(embedded) -> None:
     rows = few("sst2", 4)
     lm_task = evaluation.harness_task(task_files.get("sst2"), rows)
-    found = evaluation.language(embedded.model, embedded.tokenizer, lm_task, 4)
+    found = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 4)
     hits = 0
     for i, outcome in enumerate(found.outcomes):
         said = []
@@ -219,7 +219,7 @@ def test_half_precision_reaches_the_model(embedded, monkeypatch) -> None:
     lm_task = evaluation.harness_task(task_files.get("sst2"), few("sst2", 1))
     hook = embedded.model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     for precision in ("bf16", "fp32"):
-        evaluation.language(embedded.model, embedded.tokenizer, lm_task, 2, precision)
+        evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 2, precision)
     hook.remove()
     half = len(seen) // 2
     assert half and seen == [True] * half + [False] * half
@@ -228,7 +228,7 @@ def test_half_precision_reaches_the_model(embedded, monkeypatch) -> None:
 def test_scoring_is_quiet(embedded, capfd) -> None:
     for name in ("gsm8k", "sst2"):
         lm_task = evaluation.harness_task(task_files.get(name), few(name, 2), max_new_tokens=4)
-        evaluation.language(embedded.model, embedded.tokenizer, lm_task, 2)
+        evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 2)
     out, err = capfd.readouterr()
     bars = ("it/s", "?it/s")  # tqdm's, which the command line switches off by TQDM_DISABLE
     assert (
@@ -275,7 +275,7 @@ def test_a_head_is_scored_row_by_row(kind: str, names: list[str], size: int) -> 
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([e.ids])).logits[0]
         expected.append(float(logits.argmax() if kind == "classification" else logits[0]))
-    found = evaluation.head(model, rows, names, kind, evaluation.Scale(), 0, size)
+    found = evaluation.score_head(model, rows, names, kind, evaluation.TargetScale(), 0, size)
     assert [o["row"] for o in found.outcomes] == list(range(17))
     assert [o["answer"] for o in found.outcomes] == pytest.approx(expected, abs=1e-5)
     truth = metrics.compute(names, expected, [float(e.target) for e in rows])
@@ -285,10 +285,10 @@ def test_a_head_is_scored_row_by_row(kind: str, names: list[str], size: int) -> 
 
 def test_a_scale_gives_answers_in_the_tasks_own_units() -> None:
     """The head learns (target - mean) / spread; answers and references come back as the task has them."""
-    model, rows, scale = bert(1), head_rows("regression"), evaluation.Scale(2.5, 1.5)
+    model, rows, scale = bert(1), head_rows("regression"), evaluation.TargetScale(2.5, 1.5)
     learned = [Example(e.ids, target=(e.target - 2.5) / 1.5) for e in rows]
-    plain = evaluation.head(model, rows, ["pearson"], "regression", evaluation.Scale(), 0, 4)
-    scaled = evaluation.head(model, learned, ["pearson"], "regression", scale, 0, 4)
+    plain = evaluation.score_head(model, rows, ["pearson"], "regression", evaluation.TargetScale(), 0, 4)
+    scaled = evaluation.score_head(model, learned, ["pearson"], "regression", scale, 0, 4)
     for a, b in zip(plain.outcomes, scaled.outcomes, strict=True):
         assert b["answer"] == pytest.approx(a["answer"] * 1.5 + 2.5, abs=1e-5)
     assert scaled.metrics["pearson"] == pytest.approx(plain.metrics["pearson"], abs=1e-6)
@@ -301,7 +301,11 @@ def test_the_embedded_model_takes_a_head() -> None:
         for r in few("stsb", 6).test
     ]
     pad = loaded.tokenizer.pad_token_id
-    whole = evaluation.head(loaded.model, rows, ["pearson"], "regression", evaluation.Scale(), pad, 6)
-    single = evaluation.head(loaded.model, rows, ["pearson"], "regression", evaluation.Scale(), pad, 1)
+    whole = evaluation.score_head(
+        loaded.model, rows, ["pearson"], "regression", evaluation.TargetScale(), pad, 6
+    )
+    single = evaluation.score_head(
+        loaded.model, rows, ["pearson"], "regression", evaluation.TargetScale(), pad, 1
+    )
     for a, b in zip(whole.outcomes, single.outcomes, strict=True):
         assert a["answer"] == pytest.approx(b["answer"], abs=1e-4), "padding changes an answer"

@@ -10,7 +10,7 @@ import torch
 
 from peftzoo import models
 from peftzoo.scoring import evaluation
-from peftzoo.scoring.language_model import Continuation, LanguageModel, _families
+from peftzoo.scoring.language_model import Continuation, LanguageModel, _prefix_groups
 from peftzoo.tasks import sources, task_files
 
 TEXT = "the dog has two red apples and gives one to Mia . how many are left ? she buys three boxes of pens"
@@ -132,14 +132,14 @@ def test_what_is_too_long_loses_its_beginning(loaded, theirs, monkeypatch) -> No
 def test_a_shared_prompt_is_computed_once() -> None:
     prompt = list(range(50))
     asked = [Continuation(i, [*prompt, 60 + i, 61], 50) for i in range(4)]
-    (family,) = _families(asked, 32)
-    assert family.shared == 50 and family.tokens == 50 + 4
-    assert [len(f.members) for f in _families(asked, 3)] == [3, 1]
-    ids, positions, branches = family.row()
+    (group,) = _prefix_groups(asked, 32)
+    assert group.shared == 50 and group.tokens == 50 + 4
+    assert [len(f.members) for f in _prefix_groups(asked, 3)] == [3, 1]
+    ids, positions, branches = group.row()
     assert ids == [*prompt, 60, 61, 62, 63] and positions[-4:] == [50] * 4 and branches[-4:] == [1, 2, 3, 4]
-    assert family.asked() == [[49, 50], [49, 51], [49, 52], [49, 53]]
+    assert group.asked() == [[49, 50], [49, 51], [49, 52], [49, 53]]
     strangers = [Continuation(i, [i + 70, *prompt[i:], 60], 51 - i) for i in range(3)]
-    assert [f.shared for f in _families(strangers, 32)] == [51, 50, 49]
+    assert [f.shared for f in _prefix_groups(strangers, 32)] == [51, 50, 49]
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -210,7 +210,7 @@ def test_scores_are_lm_evals_own(loaded, theirs, name: str) -> None:
     rows = sources.load(task, "embedded")
     rows.test = rows.test.select(random.Random().sample(range(len(rows.test)), 12))
     lm_task = evaluation.harness_task(task, rows, max_new_tokens=6)
-    ours = evaluation.language(loaded.model, loaded.tokenizer, lm_task, 5)
+    ours = evaluation.score_language(loaded.model, loaded.tokenizer, lm_task, 5)
     given = {
         "tasks": {name: evaluation.harness_task(task, rows, max_new_tokens=6)},
         "groups": {},

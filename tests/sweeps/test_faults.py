@@ -55,13 +55,13 @@ def process(out: Path, wanted: list[Request], workers: int) -> multiprocessing.P
 def sweep(out: Path, wanted: list[Request], workers: int) -> None:
     import torch
 
-    from peftzoo.sweeps.executors import Local
-    from peftzoo.sweeps.scheduler import Drive
+    from peftzoo.sweeps.executors import ProcessExecutor
+    from peftzoo.sweeps.scheduler import Scheduler
 
     torch.set_num_threads(1)
-    executor = Local(workers, [], lambda *_: None, start="fork")
+    executor = ProcessExecutor(workers, [], lambda *_: None, start="fork")
     executor.threads = 1
-    drive = Drive(executor, out, lambda *_: None, lambda text: None)
+    drive = Scheduler(executor, out, lambda *_: None, lambda text: None)
     try:
         drive.do(wanted)
     finally:
@@ -190,14 +190,14 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path) -> None:
 @pytest.mark.slow
 def test_a_ray_sweep_survives_its_workers(tmp_path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'peftzoo[ray]'")
-    from peftzoo.sweeps.ray_executor import Cluster
-    from peftzoo.sweeps.scheduler import Drive
+    from peftzoo.sweeps.ray_executor import RayExecutor
+    from peftzoo.sweeps.scheduler import Scheduler
 
     out, notes = tmp_path / "out", []
     out.mkdir()
     wanted = [replace(r, train={"steps": 150, "batch_size": 2}, save_every=5) for r in requests(range(3))]
-    cluster = Cluster(None, 2, out, [])
-    drive = Drive(cluster, out, lambda *_: None, notes.append)
+    cluster = RayExecutor(None, 2, out, [])
+    drive = Scheduler(cluster, out, lambda *_: None, notes.append)
     try:
         assert cluster.count == 2
         import threading
@@ -236,7 +236,7 @@ def test_files_of_a_worker_with_another_folder_come_back(tmp_path, monkeypatch) 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
     (tmp_path / "node").mkdir()
     out = tmp_path / "here"
-    done = ray_executor._perform(executors.Job(1, requests([3])[0], out), [], 1, tmp_path / "no-flag")
+    done = ray_executor._execute(executors.Job(1, requests([3])[0], out), [], 1, tmp_path / "no-flag")
     assert done.job.out == out and not out.exists() and done.record.status == "ok"
     names = [Path(n) for n in done.files]
     assert names[-1].suffix == ".json" and all(not n.is_absolute() and ".." not in n.parts for n in names)
@@ -247,11 +247,11 @@ def test_files_of_a_worker_with_another_folder_come_back(tmp_path, monkeypatch) 
 
 def test_an_absent_cluster_is_named(tmp_path, monkeypatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'peftzoo[ray]'")
-    from peftzoo.sweeps.ray_executor import Cluster
+    from peftzoo.sweeps.ray_executor import RayExecutor
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match=r"no Ray cluster at .*ray start --head"):
-        Cluster("127.0.0.1:1", None, tmp_path, [])
+        RayExecutor("127.0.0.1:1", None, tmp_path, [])
 
 
 # -- records --------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_a_damaged_record_is_named_and_the_others_are_run(tmp_path) -> None:
     from tests.sweeps.test_sweep import drive
 
     wanted = requests([0, 1])
-    bad = store.path(tmp_path, run.blank(Plan(wanted[0])))
+    bad = store.path(tmp_path, run.new_record(Plan(wanted[0])))
     bad.parent.mkdir(parents=True)
     bad.write_text(GOOD[:100])
     made, _ = drive(tmp_path, wanted)

@@ -18,12 +18,12 @@ from peftzoo.records import store
 from peftzoo.records.schema import Record, Score
 from peftzoo.runs import run
 from peftzoo.runs.estimates import Estimates
-from peftzoo.runs.plan import Plan, Request, check
+from peftzoo.runs.plan import Plan, Request, resolve
 from peftzoo.sweeps import sweep_file
-from peftzoo.sweeps.executors import Done, Job, perform
-from peftzoo.sweeps.scheduler import TRIES, Drive
+from peftzoo.sweeps.executors import Done, Job, execute
+from peftzoo.sweeps.scheduler import TRIES, Scheduler
 from peftzoo.sweeps.study import Study
-from peftzoo.tasks import overlap, run_data, sources, task_files
+from peftzoo.tasks import overlap, run_data, sources, splits, task_files
 from tests.records.test_store import make
 
 QUICK = {
@@ -45,7 +45,7 @@ def written(folder: Path, **keys) -> Path:
 class Inline:
     """An executor in this process. `fate(job)` may give what becomes of a job in place of doing it."""
 
-    count, threads, sharing = 1, 1, 1
+    count, threads, jobs_per_device = 1, 1, 1
 
     def __init__(self, fate=lambda job: None) -> None:
         self.queue: deque[Job] = deque()
@@ -57,14 +57,14 @@ class Inline:
     def next(self) -> Done:
         job = self.queue.popleft()
         self.jobs.append(job)
-        return self.fate(job) or perform(job)
+        return self.fate(job) or execute(job)
 
     def close(self) -> None: ...
 
 
-def drive(out: Path, requests=(), studies=(), **options) -> tuple[Drive, list[str]]:
+def drive(out: Path, requests=(), studies=(), **options) -> tuple[Scheduler, list[str]]:
     notes: list[str] = []
-    made = Drive(Inline(**options), out, lambda *_: None, notes.append)
+    made = Scheduler(Inline(**options), out, lambda *_: None, notes.append)
     made.do(requests, studies)
     return made, notes
 
@@ -153,45 +153,45 @@ def test_a_file_that_is_no_sweep_is_named(tmp_path, text: str) -> None:
     ({"search": {"trials": 2, "space": {"set.rank": [1, 2]}}}, "rank"),
     ({"search": {"trials": 2, "space": {"set.targets": ["q", "nowhere", "v"]}}}, "nowhere"),
 ])  # fmt: skip
-def test_mistakes_show_before_the_first_run(say, tmp_path, keys: dict, told: str) -> None:
-    code, _, err = say(f"sweep {written(tmp_path, **keys)} --out {tmp_path / 'out'}")
+def test_mistakes_show_before_the_first_run(run_cli, tmp_path, keys: dict, told: str) -> None:
+    code, _, err = run_cli(f"sweep {written(tmp_path, **keys)} --out {tmp_path / 'out'}")
     assert code == 2 and told in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_executors_are_named(say, tmp_path) -> None:
-    assert "executor" in say(f"sweep {written(tmp_path)} --executor rya")[2]
-    assert "--executor ray" in say(f"sweep {written(tmp_path)} --address auto")[2]
+def test_wrong_executors_are_named(run_cli, tmp_path) -> None:
+    assert "executor" in run_cli(f"sweep {written(tmp_path)} --executor rya")[2]
+    assert "--executor ray" in run_cli(f"sweep {written(tmp_path)} --address auto")[2]
 
 
 # -- the plan -------------------------------------------------------------------------------------------
 
 
-def plan_of(say, tmp_path, **keys) -> dict:
-    code, out, err = say(f"sweep {written(tmp_path, **keys)} --out {tmp_path / 'out'} --dry-run --json")
+def plan_of(run_cli, tmp_path, **keys) -> dict:
+    code, out, err = run_cli(f"sweep {written(tmp_path, **keys)} --out {tmp_path / 'out'} --dry-run --json")
     assert code == 0, err
     return json.loads(out)
 
 
-def test_the_plan_says_what_is_done_and_what_is_not_known(say, tmp_path) -> None:
-    first = plan_of(say, tmp_path, seeds=[0, 1])
+def test_the_plan_says_what_is_done_and_what_is_not_known(run_cli, tmp_path) -> None:
+    first = plan_of(run_cli, tmp_path, seeds=[0, 1])
     assert not (tmp_path / "out").exists(), "a dry run leaves nothing"
     assert {r["seconds"] for r in first["plan"]} == {r["memory"] for r in first["plan"]} == {None}
     assert first["total"]["estimated"] == 0
     record, _, _ = run.run(sweep_file.read(written(tmp_path)).requests()[0], tmp_path / "out")
-    again = plan_of(say, tmp_path, seeds=[0, 1])
+    again = plan_of(run_cli, tmp_path, seeds=[0, 1])
     assert [r["state"] for r in again["plan"]] == ["done", "to do"]
     assert [r["id"] for r in again["plan"]] == [record.id] * 2 == [r["id"] for r in first["plan"]]
     assert again["plan"][1]["basis"] == "from 1 record of lora"
     assert again["plan"][1]["memory"] == record.memory["computed_total"]
-    code, out, _ = say(f"sweep {written(tmp_path, seeds=[0, 1])} --out {tmp_path / 'out'} --dry-run")
+    code, out, _ = run_cli(f"sweep {written(tmp_path, seeds=[0, 1])} --out {tmp_path / 'out'} --dry-run")
     assert code == 0 and "2 runs, 1 done, 1 to do" in out and "from 1 record of lora" in out
 
 
 def test_estimates_come_from_like_records_only() -> None:
     rng = random.Random()
     steps, rows, pace = rng.randint(10, 99), rng.randint(10, 99), rng.uniform(0.1, 2)
-    planned = run.blank(Plan(Request("lora", "sst2", train={"steps": steps}, limit=rows)))
+    planned = run.new_record(Plan(Request("lora", "sst2", train={"steps": steps}, limit=rows)))
 
     def past(times: float, **changes) -> Record:
         own = {"train_seconds": times * pace * 10, "train_config": planned.train_config | {"steps": 10},
@@ -282,17 +282,17 @@ class Fragile(LoRA):
 """
 
 
-def test_a_plugin_that_breaks_when_attached_stops_no_other(say, tmp_path, monkeypatch) -> None:
+def test_a_plugin_that_breaks_when_attached_stops_no_other(run_cli, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(registry, "_extra", {})
     (tmp_path / "fragile.py").write_text(FRAGILE)
     registry.add_file(tmp_path / "fragile.py")
-    fit, notes = check(requests(methods="fragile,lora"), skip=False)
-    assert [r.method for r in fit] == ["fragile", "lora"] and not notes
-    made, _ = drive(tmp_path / "out", fit)
+    fit, notes = resolve(requests(methods="fragile,lora"), skip=False)
+    assert [p.request.method for p in fit] == ["fragile", "lora"] and not notes
+    made, _ = drive(tmp_path / "out", [p.request for p in fit])
     assert [(r.method, r.status) for r, _, _ in made.records] == [("fragile", "failed"), ("lora", "ok")]
     assert made.records[0][0].reason.startswith("RuntimeError: it looks at values")
     file = written(tmp_path, methods="fragile", set={"r": 1})
-    code, _, err = say(f"sweep {file} --out {tmp_path / 'none'}")
+    code, _, err = run_cli(f"sweep {file} --out {tmp_path / 'none'}")
     last = err.splitlines()[-1]  # after other libraries' bars
     assert code == 2 and '"fragile" breaks when it is made (KeyError' in last and "Traceback" not in err, err
 
@@ -311,14 +311,14 @@ def test_runs_of_one_task_are_done_in_packs(tmp_path, broken) -> None:
     """One of them breaks its pack down; then they are done one by one."""
     good = requests(methods="lora,ia3", seeds=[0, 1])
     notes: list[str] = []
-    made = Drive(Inline(), tmp_path, lambda *_: None, notes.append)
+    made = Scheduler(Inline(), tmp_path, lambda *_: None, notes.append)
     made.do([*good, *requests(methods="broken")], pack=(4, None))
     assert [len(job.requests) for job in made.executor.jobs] == [4, 1] and not made.lost
     assert [(r.method, r.status) for r, _, _ in made.records] == [
         ("lora", "ok"), ("lora", "ok"), ("ia3", "ok"), ("ia3", "ok"), ("broken", "failed")
     ]  # fmt: skip
     assert all(r.packed["runs"] == 4 for r, _, _ in made.records[:4])
-    again = Drive(Inline(), tmp_path / "b", lambda *_: None, notes.append)
+    again = Scheduler(Inline(), tmp_path / "b", lambda *_: None, notes.append)
     again.do([*good[:2], *requests(methods="broken")], pack=(None, None))
     assert [r.status for r, _, _ in again.records] == ["ok", "ok", "failed"] and len(again.executor.jobs) == 1
 
@@ -330,7 +330,7 @@ def test_runs_of_a_pack_whose_worker_dies_are_done_one_by_one(tmp_path) -> None:
         return Done(job, died="its worker process was ended by SIGKILL") if unlucky in job.requests else None
 
     notes: list[str] = []
-    made = Drive(Inline(fate), tmp_path, lambda *_: None, notes.append)
+    made = Scheduler(Inline(fate), tmp_path, lambda *_: None, notes.append)
     made.do([unlucky, lucky], pack=(2, None))
     assert sorted((r.seed, r.status) for r, _, _ in made.records) == [(0, "failed"), (1, "ok")]
     assert "and 1 more" in notes[0] and "one by one" in notes[0] and not made.lost
@@ -339,7 +339,7 @@ def test_runs_of_a_pack_whose_worker_dies_are_done_one_by_one(tmp_path) -> None:
 
 def test_a_run_that_works_at_last_leaves_no_failure_behind(tmp_path) -> None:
     (request,) = requests()
-    run.fail(request, tmp_path, "its worker died")
+    run.record_failure(request, tmp_path, "its worker died")
     assert len([*(tmp_path / "failed").rglob("*.json")]) == 1
     made, _ = drive(tmp_path, [request])
     assert made.records[0][0].status == "ok" and not [*(tmp_path / "failed").rglob("*.json")]
@@ -370,19 +370,19 @@ def test_a_run_that_another_program_does_is_put_off(tmp_path) -> None:
 
 def test_only_one_program_does_a_run(tmp_path) -> None:
     (request,) = requests()
-    record = run.blank(Plan(request))
+    record = run.new_record(Plan(request))
     from filelock import FileLock
 
     with FileLock(tmp_path / "locks" / f"{record.id}-s0.lock"):
         with pytest.raises(run.Busy):
             run.run(request, tmp_path, patience=0)
-        assert perform(Job(1, request, tmp_path)).busy
+        assert execute(Job(1, request, tmp_path)).busy
     assert run.run(request, tmp_path, patience=0)[2]
 
 
 def test_what_a_crash_left_half_written_is_removed(tmp_path) -> None:
     (request,) = requests()
-    record = run.blank(Plan(request))
+    record = run.new_record(Plan(request))
     target = store.path(tmp_path, record)
     half = target.with_name(f".{target.name}.123.tmp")
     half.parent.mkdir(parents=True)
@@ -394,11 +394,11 @@ def test_what_a_crash_left_half_written_is_removed(tmp_path) -> None:
 def test_what_another_seed_is_writing_stays(tmp_path) -> None:
     """Seed 1 is not seed 10."""
     (request,) = requests(seeds=[1])
-    record = run.blank(Plan(request))
+    record = run.new_record(Plan(request))
     other = store.path(tmp_path, record).with_name(f".{record.id}-s10.json.123.tmp")
     other.parent.mkdir(parents=True)
     other.write_text("{")
-    with run.alone(tmp_path, record, 0):
+    with run.run_lock(tmp_path, record, 0):
         assert other.exists()
 
 
@@ -421,37 +421,36 @@ def search(**keys) -> sweep_file.Search:
 def test_a_search_scores_on_training_rows_that_it_does_not_train_on() -> None:
     rng = random.Random()
     count, seed = rng.randint(2, 60), rng.randrange(1000)
-    course = task_files.course("sst2")
-    plain = run_data.load(course, "embedded", None, True)
-    held = Plan(Request("lora", "sst2", hold_out=(count, seed))).material
-    text = lambda rows: overlap.texts(course.tasks[0], rows)  # noqa: E731
-    scored, trained = text(held.parts[0].rows.test), text(held.lessons[0].rows)
-    before, untouched = text(plain.lessons[0].rows), text(plain.parts[0].rows.test)
+    task_group = task_files.task_group("sst2")
+    plain = run_data.load(task_group, "embedded", None, True)
+    held = Plan(Request("lora", "sst2", hold_out=(count, seed))).data
+    text = lambda rows: overlap.texts(task_group.tasks[0], rows)  # noqa: E731
+    scored, trained = text(held.eval_sets[0].rows.test), text(held.train_sets[0].rows)
+    before, untouched = text(plain.train_sets[0].rows), text(plain.eval_sets[0].rows.test)
     assert len(scored) == count and not {*scored} & {*trained} and {*scored} <= {*before}
     assert not {*scored} & {*untouched} and {*scored} | {*trained} == {*before}
-    same, other = (Plan(Request("lora", "sst2", hold_out=(count, s))).material for s in (seed, seed + 1))
-    assert text(same.parts[0].rows.test) == scored != text(other.parts[0].rows.test)
+    same, other = (Plan(Request("lora", "sst2", hold_out=(count, s))).data for s in (seed, seed + 1))
+    assert text(same.eval_sets[0].rows.test) == scored != text(other.eval_sets[0].rows.test)
 
 
 def test_trials_and_runs_have_other_ids() -> None:
-    source = {"kind": "embedded"}
     facts = {"budget": {"trials": 3}, "used": {"seconds": 1.0}}
     plain = Request("lora", "sst2")
-    ids = [Plan(r).identity(source) for r in (
+    ids = [Plan(r).identity() for r in (
         plain, replace(plain, hold_out=(8, 0)), replace(plain, hold_out=(8, 1)), replace(plain, tuning=facts),
         replace(plain, tuning=facts | {"used": {"seconds": 2.0}}),
     )]  # fmt: skip
     assert len({*ids}) == 4 and ids[3] == ids[4], "what was measured is no part of an id"
-    assert Plan(plain).identity(source) == ids[0]
+    assert Plan(plain).identity() == ids[0]
 
 
 def test_too_many_rows_and_foreign_rows_cannot_be_held_out() -> None:
     with pytest.raises(UserError, match=r"at most half \(search.rows\)"):
         Plan(Request("lora", "sst2", hold_out=(1_000_000, 0)))
-    made = run_data.load(task_files.course("sst2"), "embedded", None, True)
-    made.parts[0].rows.train = sources.load(task_files.get("stsb"), "embedded").train
+    made = run_data.load(task_files.task_group("sst2"), "embedded", None, True)
+    made.eval_sets[0].rows.train = sources.load(task_files.get("stsb"), "embedded").train
     with pytest.raises(UserError, match="leave search out"):
-        run_data.hold_out(made, 4, 0)
+        splits.split(made, hold_out=(4, 0))
 
 
 def test_a_search_ends_in_runs_with_its_best_values(tmp_path) -> None:
@@ -537,30 +536,30 @@ def test_failed_trials_count_and_a_search_without_scores_is_reported(tmp_path) -
 
 def test_without_a_space_the_rate_is_searched_around_the_methods_own() -> None:
     base = requests(methods="lora")[0]
-    own = Plan(base).config.lr
+    own = Plan(base).train_config.lr
     rates = [r.train["lr"] for r in asked(Study(search(space={}, trials=6), base, [0]), lambda r: 0.5)]
     assert all(own / 10 <= lr <= own * 10 for lr in rates) and len({*rates}) == 6
     untrained = Study(search(space={}), requests(methods="none")[0], [0, 1])
     assert untrained.ask() is None and len(untrained.settled()) == 2, "nothing to search: run as it is"
 
 
-def test_a_sweep_with_a_search_plans_trials_and_runs(say, tmp_path) -> None:
-    plan = plan_of(say, tmp_path, seeds=[0, 1], search={"trials": 5, "rows": 8})
+def test_a_sweep_with_a_search_plans_trials_and_runs(run_cli, tmp_path) -> None:
+    plan = plan_of(run_cli, tmp_path, seeds=[0, 1], search={"trials": 5, "rows": 8})
     assert [(r["kind"], r["times"]) for r in plan["plan"]] == [("trial", 5), ("after the search", 2)]
     assert plan["total"]["runs"] == 7
 
 
-def test_the_plan_of_a_search_says_what_is_on_record(say, tmp_path) -> None:
+def test_the_plan_of_a_search_says_what_is_on_record(run_cli, tmp_path) -> None:
     keys = {"search": {"trials": 2, "rows": 8, "steps": 2, "sampler": "random"}}
     wanted = sweep_file.read(written(tmp_path, **keys))
     study = Study(wanted.search, requests()[0], [0])
     run.run(study.ask(), tmp_path / "out" / "tuning")
-    half = plan_of(say, tmp_path, **keys)["plan"]
+    half = plan_of(run_cli, tmp_path, **keys)["plan"]
     assert [(r["kind"], r["times"], r["state"]) for r in half] == [
         ("trial", 1, "done"), ("trial", 1, "to do"), ("after the search", 1, "to do")
     ]  # fmt: skip
     drive(tmp_path / "out", studies=[Study(wanted.search, requests()[0], [0])])
-    whole = plan_of(say, tmp_path, **keys)
+    whole = plan_of(run_cli, tmp_path, **keys)
     assert [(r["kind"], r["times"], r["state"]) for r in whole["plan"]] == [
         ("trial", 2, "done"), ("run", 1, "done")
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from peftzoo.records import store
 from peftzoo.records.schema import Score, mean
 from peftzoo.runs.plan import Plan, Request
 from peftzoo.runs.run import run
-from peftzoo.tasks import overlap, run_data, sources, task_files
+from peftzoo.tasks import overlap, run_data, sources, splits, task_files
 from peftzoo.tasks.schema import Protocol
 from peftzoo.training import selection
 
@@ -38,13 +38,13 @@ def outcomes(path: Path) -> list[dict]:
 def test_a_group_trains_on_the_rows_of_all_its_tasks(name: str) -> None:
     plan = Plan(Request("lora", name))
     made = {}
-    for task in plan.course.tasks:
+    for task in plan.task_group.tasks:
         rows = sources.load(task, "embedded")
         if rows.train:
             made[task.dataset_path, task.dataset_name, task.doc_to_text] = len(rows.train)
-    assert plan.material.trained_rows == sum(made.values())
-    assert [p.name for p in plan.parts] == list(task_files.groups()[name])
-    assert sum(plan.material.info["trained_on"].values()) == plan.material.trained_rows
+    assert plan.data.trained_rows == sum(made.values())
+    assert [p.name for p in plan.eval_sets] == list(task_files.groups()[name])
+    assert sum(plan.data.info["trained_on"].values()) == plan.data.trained_rows
 
 
 def test_one_model_is_scored_on_each_task_of_a_group(tmp_path) -> None:
@@ -74,40 +74,42 @@ def test_a_mean_of_scores_by_hand() -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no mirror of the real data sets beside this checkout")
 def test_a_task_without_rows_is_left_out_and_the_record_says_so() -> None:
-    found = run_data.load(task_files.course("mnli"), "mirror", REAL, trains=True)
-    assert [p.name for p in found.parts] == ["mnli_matched"]
+    found = run_data.load(task_files.task_group("mnli"), "mirror", REAL, trains=True)
+    assert [p.name for p in found.eval_sets] == ["mnli_matched"]
     assert "mirror lacks" in found.info["left_out"]["mnli_mismatched"]
     assert found.info["files"]["mnli_matched/validation_matched"]["stand_in"] == "train_heldout"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no mirror of the real data sets beside this checkout")
 def test_the_mix_is_of_the_training_rows_that_there_are() -> None:
-    found = run_data.load(task_files.course("commonsense"), "mirror", REAL, trains=True)
-    assert len(found.parts) == 8
+    found = run_data.load(task_files.task_group("commonsense"), "mirror", REAL, trains=True)
+    assert len(found.eval_sets) == 8
     rows = found.info["trained_on"]
     assert set(rows) == {f"commonsense-{n}" for n in ("boolq", "arc_easy", "arc_challenge", "openbookqa")}
     assert sum(rows.values()) == found.trained_rows
 
 
 def test_a_whole_mix_goes_before_the_members_own_rows(tmp_path) -> None:
-    course = task_files.course("commonsense")
+    task_group = task_files.task_group("commonsense")
     made = {"input": "", "output": "x", "answer": "true"}
     lines = [json.dumps({"instruction": f"is {i} even ?", **made}) + "\n" for i in range(9)]
-    (choice,) = course.about.train
+    (choice,) = task_group.about.train
     for path, split in ((choice.dataset_path, choice.split), ("llm_adapters/commonsense", "test")):
         name = choice.dataset_name or "default" if split == choice.split else "boolq"
         place = tmp_path / path.replace("/", "__") / name
         place.mkdir(parents=True)
         (place / f"{split}.jsonl").write_text("".join(lines[:7] if split == choice.split else lines[7:]))
-    found = run_data.load(course, "mirror", tmp_path, trains=True)
+    found = run_data.load(task_group, "mirror", tmp_path, trains=True)
     assert found.trained_rows == 7 and found.info["trained_on"]["id"] == choice.dataset_path
-    assert [p.name for p in found.parts] == ["commonsense-boolq"] and len(found.info["left_out"]) == 7
+    assert [p.name for p in found.eval_sets] == ["commonsense-boolq"] and len(found.info["left_out"]) == 7
 
 
 def test_tasks_that_are_scored_in_different_ways_cannot_go_together(monkeypatch) -> None:
-    course = task_files.course("mnli")
-    mixed = course.__class__("mixed", 1.0, course.about, (task_files.get("sst2"), task_files.get("gsm8k")))
-    monkeypatch.setattr(task_files, "course", lambda name: mixed)
+    task_group = task_files.task_group("mnli")
+    mixed = task_group.__class__(
+        "mixed", 1.0, task_group.about, (task_files.get("sst2"), task_files.get("gsm8k"))
+    )
+    monkeypatch.setattr(task_files, "task_group", lambda name: mixed)
     with pytest.raises(UserError, match=r'"sst2" and "gsm8k" are scored in different ways'):
         Plan(Request("lora", "mixed"))
 
@@ -128,7 +130,7 @@ def test_a_task_that_is_only_scored_needs_no_training_rows(tmp_path) -> None:
      (7, 10, 10, list(range(1, 8))), (0, 10, 1, [])],
 )  # fmt: skip
 def test_points_are_the_ends_of_passes_and_at_least_five(steps, rows, size, wanted) -> None:
-    assert selection.points(steps, rows, size) == wanted
+    assert selection.eval_steps(steps, rows, size) == wanted
 
 
 class Fake:
@@ -156,15 +158,15 @@ def test_the_best_state_comes_back_even_after_a_restart(tmp_path, scores) -> Non
         asked.append(int(fake.tensor[0]))
         return scores[asked[-1] - 1]
 
-    def go(best: selection.Best, steps: list[int]) -> selection.Best:
+    def go(best: selection.BestCheckpoint, steps: list[int]) -> selection.BestCheckpoint:
         for step in steps:
             fake.tensor.fill_(step)
             best(step)
         return best
 
     path = tmp_path / "best.safetensors"
-    go(selection.Best(path, fake, score), [1, 2])
-    best = go(selection.Best(path, fake, score), [2, 3])
+    go(selection.BestCheckpoint(path, fake, score), [1, 2])
+    best = go(selection.BestCheckpoint(path, fake, score), [2, 3])
     assert asked == [1, 2, 3], "a point was scored twice"
     fake.tensor.fill_(9)
     best.restore()
@@ -179,10 +181,12 @@ def test_best_epoch_reports_the_best_point(tmp_path) -> None:
     record, _, _ = run(asked, tmp_path)
     assert record.status == "ok", record.reason
     assert record.protocol == "best-epoch" and "--protocol best-epoch" in record.command
-    points = record.chosen["scores"]
-    assert sorted(map(int, points)) == [2, 4, 6, 8, 10]
-    assert max(points.values()) == points[str(record.chosen["step"])]
-    assert record.result.value == pytest.approx(max(points.values()), abs=0.026)  # one row of forty: rounding
+    eval_steps = record.chosen["scores"]
+    assert sorted(map(int, eval_steps)) == [2, 4, 6, 8, 10]
+    assert max(eval_steps.values()) == eval_steps[str(record.chosen["step"])]
+    assert record.result.value == pytest.approx(
+        max(eval_steps.values()), abs=0.026
+    )  # one row of forty: rounding
     assert not [*(tmp_path / "checkpoints").glob("*")]
     plain, _, _ = run(Request("lora", "sst2", train={"steps": 10, "batch_size": 4}, limit=40), tmp_path)
     assert plain.id != record.id and plain.chosen is None and plain.protocol == "last-step"
@@ -199,20 +203,21 @@ def test_clean_chooses_on_some_rows_and_reports_others() -> None:
     plan = {seed: Plan(Request("lora", "sst2", protocol="clean", seed=seed)) for seed in (0, 1)}
     rows = sources.load(task_files.get("sst2"), "embedded").test
     for p in plan.values():
-        (part,) = p.parts
-        one, two = ({r["sentence"] for r in split} for split in (part.choosing, part.rows.test))
+        (part,) = p.eval_sets
+        one, two = ({r["sentence"] for r in split} for split in (part.selection_rows, part.rows.test))
         assert not one & two and len(one) + len(two) == len(rows) and abs(len(one) - len(two)) <= 1
-    assert plan[0].parts[0].choosing["idx"] != plan[1].parts[0].choosing["idx"]
-    assert plan[0].identity({}) == plan[1].identity({})
+    assert plan[0].eval_sets[0].selection_rows["idx"] != plan[1].eval_sets[0].selection_rows["idx"]
+    assert plan[0].identity() == plan[1].identity()
 
 
 @pytest.mark.parametrize(("choice", "left"), [(100, 200), (0.25, 225)])
 def test_a_number_or_a_share_of_rows_chooses(choice, left: int) -> None:
-    parts = [run_data.Part(task_files.get("sst2"), sources.load(task_files.get("sst2"), "embedded"))]
-    run_data.choose_by(parts, Protocol(choose=choice), seed=3)
-    assert len(parts[0].rows.test) == left and len(parts[0].choosing) == 300 - left
+    data = run_data.load(task_files.task_group("sst2"), "embedded", None, trains=False)
+    made = splits.split(data, selection=Protocol(choose=choice), seed=3)
+    assert len(made.eval_sets[0].rows.test) == left and len(made.eval_sets[0].selection_rows) == 300 - left
+    assert len(data.eval_sets[0].rows.test) == 300 and data.eval_sets[0].selection_rows is None
     with pytest.raises(UserError, match=rf"300 of {left} scored rows"):
-        run_data.choose_by(parts, Protocol(choose=300), seed=3)
+        splits.split(made, selection=Protocol(choose=300), seed=3)
 
 
 def test_an_unknown_protocol_is_refused() -> None:
@@ -262,7 +267,7 @@ def test_a_task_may_allow_for_it_and_the_record_says_how_many(tmp_path) -> None:
     raw["task"], raw["metadata"]["peftzoo"]["overlap"] = "sst2-again", "record"
     file.write_text(yaml.safe_dump(raw))
     plan = Plan(Request("lora", str(file), source="mirror", data=str(tmp_path)))
-    assert plan.material.info["overlap"] == {"sst2-again": {"rows": 1, "of": 20}}
+    assert plan.data.info["overlap"] == {"sst2-again": {"rows": 1, "of": 20}}
 
 
 # -- retention ------------------------------------------------------------------------------------------

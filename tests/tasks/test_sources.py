@@ -42,7 +42,7 @@ def test_embedded_rows_are_always_the_same(name: str) -> None:
     assert one.info == two.info and [*(one.train or ())] == [*(two.train or ())]
     files = one.info["files"]
     task = task_files.get(name)
-    shown = {task.fewshot_split: len(one.shown)} if one.shown else {}
+    shown = {task.fewshot_split: len(one.fewshot)} if one.fewshot else {}
     trained = {task.training_split: len(one.train)} if one.train else {}
     assert {s: f["rows"] for s, f in files.items()} == trained | {task.eval_split: len(one.test)} | shown
 
@@ -203,14 +203,14 @@ def test_names_cannot_climb_out_of_the_mirror(tmp_path, key: str, name: str) -> 
     ],
 )
 def test_the_source_follows_from_what_was_asked(tmp_path, source, model, folder, named, chosen) -> None:
-    assert sources.choose(source, model, tmp_path if folder else None, named) == chosen
+    assert sources.select_source(source, model, tmp_path if folder else None, named) == chosen
 
 
 def test_sources_that_cannot_be(tmp_path) -> None:
     with pytest.raises(UserError, match=r'unknown source "hbu": did you mean "hub"\?'):
-        sources.choose("hbu", "embedded", None)
+        sources.select_source("hbu", "embedded", None)
     with pytest.raises(UserError, match="--data FOLDER or PEFTZOO_DATA"):
-        sources.choose("mirror", "embedded", None)
+        sources.select_source("mirror", "embedded", None)
 
 
 def test_the_mirror_is_named_by_argument_before_environment(tmp_path, monkeypatch) -> None:

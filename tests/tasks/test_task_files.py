@@ -49,7 +49,7 @@ def test_lm_eval_loads_every_task_and_makes_the_same_prompts(manager, name: str)
     rows = sources.load(task, "embedded")
     rows.test = rows.test.select(range(3))
     splits = {task.training_split: rows.train, task.eval_split: rows.test}
-    splits |= {task.fewshot_split: rows.shown} if rows.shown else {}
+    splits |= {task.fewshot_split: rows.fewshot} if rows.fewshot else {}
     config = load_yaml(manager.task_index[name].yaml_path)
     theirs = ConfigurableTask(config=config | {"custom_dataset": lambda **_: splits})
     ours = evaluation.harness_task(task, rows)
@@ -242,9 +242,9 @@ def test_a_split_that_the_generator_does_not_make(tmp_path, good) -> None:
 
 def test_a_prompt_that_is_no_template(tmp_path, good) -> None:
     good["doc_to_text"] = "{{question"
-    course = task_files.course(str(write(tmp_path, good)))
+    task_group = task_files.task_group(str(write(tmp_path, good)))
     with pytest.raises(UserError, match=r"no Jinja template \(unexpected end.*line 1"):
-        run_data.load(course, "embedded", None, True)
+        run_data.load(task_group, "embedded", None, True)
 
 
 def test_an_unknown_task_gets_the_nearest_name() -> None:
