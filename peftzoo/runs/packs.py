@@ -52,7 +52,8 @@ class Member:
 
 def run_packs(requests: Sequence[Request | Plan], out: Path, *, size: int | None = None,
               memory_budget: int | None = None, force: bool = False, progress: Progress | None = None,
-              accelerator: Any = None, note: Callable[[str], None] = lambda _: None, score_together: bool | None = None,
+              accelerator: Any = None, note: Callable[[str], None] = lambda _: None,
+              score_together: bool | None = None,
               jobs_per_device: int = 1) -> list[Done]:  # fmt: skip
     """Do several runs of one model and task in packs of up to `size` runs.
 

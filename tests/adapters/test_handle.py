@@ -11,7 +11,7 @@ from torch import nn
 
 import peftzoo
 from peftzoo.conform.cases import LR, Case, assert_bare, assert_close, snapshot, train
-from peftzoo.contract import ATTENTION, BLOCK, EMBED, MODEL, Adapter, Part, Site
+from peftzoo.contract import ATTENTION, BLOCK, EMBED, MODEL, Adapter, Part, Site, registry
 from peftzoo.errors import UserError
 
 LORA = {"r": 2, "targets": "q,v"}
@@ -81,7 +81,7 @@ def test_options_and_errors(tiny):
     with pytest.raises(UserError, match='unknown method "lorra"'):
         peftzoo.attach(tiny("bert"), "lorra")
     with pytest.raises(TypeError, match="options belong to"):
-        peftzoo.attach(tiny("bert"), peftzoo.registry.get("lora")(), r=4)
+        peftzoo.attach(tiny("bert"), registry.get("lora")(), r=4)
 
 
 def test_failed_attach_leaves_the_model_as_it_was(tiny):
@@ -377,7 +377,7 @@ def test_copy_of_the_model_alone_keeps_working(tiny, inputs):
 
 
 def test_training_reaches_the_head_and_the_method_only(tiny):
-    case = Case(peftzoo.registry.get("lora"), "bert")
+    case = Case(registry.get("lora"), "bert")
     handle = case.attach(head=case.head)
     before = snapshot(handle.model)
     losses = train(handle, case.batches[:1], 20, LR)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftzoo.adapters import atomic, saving
+from peftzoo.adapters import atomic
 from peftzoo.boards import formats, pareto, replications
 from peftzoo.boards import pages as site
 from peftzoo.boards import tables as board

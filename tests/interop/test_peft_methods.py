@@ -170,7 +170,7 @@ def test_options_are_read_by_their_types(given, field, value):
         ("hf:lorra", {}, 'unknown method "hf:lorra": did you mean "hf:lora"'),
         ("hf:xlora", {}, "mixes adapters that are trained already"),
         ("hf:prompt_tuning", {}, "around the model, not in its layers"),
-        ("fh:lora", {}, 'unknown neighbour "fh": did you mean "hf"'),
+        ("fh:lora", {}, 'unknown library "fh": did you mean "hf"'),
         ("hf:lora", {"lora_alpa": 3}, 'did you mean "lora_alpha"'),
         ("hf:lora", {"r": "much"}, "option r='much'"),
         ("hf:lora", {"r": -1}, "HF PEFT refuses"),

@@ -102,7 +102,7 @@ def test_a_run_records_its_zeros(method, keeps, tmp_path):
 
 def test_pruning_is_part_of_what_a_run_is():
     dense, sparse = (Plan(Request("lora", "sst2", prune=how)) for how in (None, "wanda:0.5"))
-    assert dense.identity({}) != sparse.identity({}) and "--prune" not in dense.command()
+    assert dense.identity() != sparse.identity() and "--prune" not in dense.command()
 
 
 class PlainMasked(nn.Module):

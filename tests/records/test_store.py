@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peftzoo.adapters import atomic, saving, write_atomically
+from peftzoo.adapters import atomic, write_atomically
 from peftzoo.errors import UserError
 from peftzoo.records import store
 from peftzoo.records.schema import Record
