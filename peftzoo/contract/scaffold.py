@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftzoo.adapter import Adapter, Config, Part, Site, Targets
+from peftzoo.contract import Adapter, Config, Part, Site, Targets
 
 
 class @CLASS@Part(Part):
