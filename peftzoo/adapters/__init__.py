@@ -1,8 +1,8 @@
 """A method on a model: attach it, switch it on and off, merge it, save it, load it.
 
-`handle` attaches and gives the handle (Attached), `saving` reads and writes adapter folders, `references` are
-options that name such folders, `trainer` is for transformers' Trainer, `atomic` writes files whole or not at
-all.
+`handle` attaches a method and returns the handle (Attached), `saving` reads and writes adapter folders,
+`references` are options that name such folders, `trainer` is for transformers' Trainer, `atomic` writes files
+atomically.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Records made into tables that may be read: ranks, pages, advice.
+"""Leaderboards from records: tables of comparable runs, ranks, static pages and recommendations.
 
-`tables` gathers what may be compared, `ranks` tests it, `pareto` finds the front of score against cost,
-`formats` writes Markdown, CSV and JSON, `pages` a static site; `recommend` answers "which method?".
-`replications` sets published scores beside ours, `external_results` reads those of HF PEFT's comparison.
+`tables` groups comparable runs, `ranks` holds intervals, paired tests and ranks, `pareto` the Pareto front of
+score against cost, `formats` writes Markdown, CSV and JSON, `pages` a static site. `recommend` lists methods
+within a budget, `replications` sets published scores beside ours, `external_results` reads the result files
+of HF PEFT's method comparison.
 """
 
 __all__ = ["external_results", "formats", "pages", "pareto", "ranks", "recommend", "replications", "tables"]

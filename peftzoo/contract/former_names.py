@@ -12,13 +12,16 @@ from typing import Any
 
 PLACES = {
     "adapter": "contract", "attention": "contract.attention", "registry": "contract.registry",
-    "roles": "contract", "attached": "adapters", "files": "adapters", "given": "adapters",
-    "trainer": "adapters", "factors": "kernels", "kernels_fourier": "kernels", "kernels_frozen": "kernels",
-    "kernels_kron": "kernels", "kernels_rebuilt": "kernels", "kernels_rotation": "kernels",
-    "projections": "kernels", "recent": "kernels", "tensor_train": "kernels", "probe": "models.probe",
+    "roles": "contract:roles", "attached": "adapters:handle", "files": "adapters:saving",
+    "given": "adapters:references", "trainer": "adapters:trainer", "factors": "kernels:decompositions",
+    "kernels_fourier": "kernels:fourier", "kernels_frozen": "kernels:frozen_cores",
+    "kernels_kron": "kernels:kronecker", "kernels_rebuilt": "kernels:rebuilt_weights",
+    "kernels_rotation": "kernels:rotation", "projections": "kernels:projections",
+    "recent": "kernels:forward_cache", "tensor_train": "kernels:tensor_train", "probe": "models.probe",
     "prune": "models.pruning",
 }  # fmt: skip
-"""Former module -> where its names are now, both below `peftzoo`."""
+"""Former module -> where its names are now, both below `peftzoo`; after a colon the file of a room whose
+names are imported from the room itself."""
 RENAMED = {"Recent": "ForwardCache", "Given": "AdapterRef"}
 _noticed = False
 
@@ -32,8 +35,8 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         place = "peftzoo." + PLACES[module.__name__.removeprefix("peftzoo.")]
-        _notice(module.__name__, place)
-        module.__getattr__ = lambda name: _look_up(place, name)
+        notice(f"{module.__name__} is now {place.partition(':')[0]}: import from there")
+        module.__getattr__ = lambda name: _look_up(place.replace(":", "."), name)
 
 
 def _look_up(place: str, name: str) -> Any:
@@ -42,15 +45,12 @@ def _look_up(place: str, name: str) -> Any:
     return getattr(importlib.import_module(place), RENAMED.get(name, name))
 
 
-def _notice(former: str, place: str) -> None:
+def notice(text: str) -> None:
+    """Warn of a former name, once in a process; the warning names the line that uses it."""
     global _noticed
     if not _noticed:
         _noticed = True
-        warnings.warn(
-            f"{former} is now {place}: import from there (CHANGELOG.md has a table of what moved)",
-            FutureWarning,
-            stacklevel=3,
-        )
+        warnings.warn(f"{text} (CHANGELOG.md has a table of what moved)", FutureWarning, stacklevel=3)
 
 
 def install() -> None:

@@ -14,12 +14,13 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
+from peftzoo.contract import former_names
 from peftzoo.errors import UserError, unknown
 
 _extra: dict[str, type] = {}
 """Methods from files named on the command line (`--plugin`)."""
-LIBRARIES = ("peftzoo.neighbours", "peftzoo.libraries")
-"""Groups of entry points; the first is the former name of the second."""
+LIBRARIES, FORMER_LIBRARIES = "peftzoo.libraries", "peftzoo.neighbours"
+"""Groups of entry points."""
 
 
 def _builtin() -> dict[str, str]:
@@ -66,9 +67,12 @@ def get(name: str) -> type:
 
 def _from_library(name: str) -> type:
     prefix = name.partition(":")[0].lower()
-    modules = {p.name: p.value for group in LIBRARIES for p in entry_points(group=group)}
+    former = {p.name: p.value for p in entry_points(group=FORMER_LIBRARIES)}
+    modules = former | {p.name: p.value for p in entry_points(group=LIBRARIES)}
     if prefix not in modules:
         raise unknown("library", prefix, modules)
+    if former.get(prefix) == modules[prefix]:
+        former_names.notice(f'the entry points "{FORMER_LIBRARIES}" are now "{LIBRARIES}": rename the group')
     module = importlib.import_module(modules[prefix])
     return module.get(prefix + name[len(prefix) :])
 

@@ -1,8 +1,9 @@
-"""Cheap forms of what methods compute, with their own backward passes.
+"""Fused forward passes of what methods compute, with autograd functions of their own.
 
-A plugin calls these in place of building an (out, in) matrix at every step. Each file is one form: a product
-of low rank, a weight that is rebuilt, a small core between frozen factors, Kronecker products, rotations,
-Fourier, random projections, tensor trains, decompositions for initialisation, a mixture of experts.
+A plugin calls these in place of building an (out, in) matrix at every step. A file is one form:
+`lowrank` products, `rebuilt_weights` that are used once and forgotten, `frozen_cores` between fixed factors,
+`kronecker` products, `rotation` by small blocks, `fourier` coefficients, random `projections`, `tensor_train`s,
+`decompositions` for initialisation, a mixture of `experts`; `forward_cache` keeps what several layers share.
 """
 
 from __future__ import annotations
@@ -11,6 +12,19 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
+    submodules=[
+        "decompositions",
+        "experts",
+        "forward_cache",
+        "fourier",
+        "frozen_cores",
+        "kronecker",
+        "lowrank",
+        "projections",
+        "rebuilt_weights",
+        "rotation",
+        "tensor_train",
+    ],
     submod_attrs={
         "decompositions": ["check_rank", "pivoted_qr", "top_qr", "top_svd"],
         "experts": ["Router", "imbalance", "mixed", "mixed_products", "keep_top"],

@@ -1,7 +1,7 @@
-"""What is known of a run, on disk: one JSON file and the outcome of every scored row.
+"""The record of a run on disk: one JSON file, and a side file with the outcome of every scored row.
 
-`schema` defines the record, `store` writes and reads it, `outcomes` reads the side file, `statistics` says
-what a metric is made of, `published` holds the settings, counts and scores that publications printed.
+`schema` defines the record, `store` writes and reads it, `outcomes` reads the side file, `statistics` splits
+a metric into terms per row, `published` holds settings, parameter counts and scores from publications.
 """
 
 __all__ = ["outcomes", "published", "schema", "statistics", "store"]

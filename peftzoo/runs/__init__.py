@@ -6,4 +6,4 @@ weights from a description, `verification` does a recorded run again, `estimates
 `trackers` follow it.
 """
 
-__all__ = ["adapter_generation", "estimates", "packs", "plan", "run", "trackers", "verification"]
+__all__ = ["adapter_generation", "estimates", "packs", "plan", "run", "runner", "trackers", "verification"]
