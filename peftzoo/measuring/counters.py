@@ -1,4 +1,7 @@
-"""Counters, one for each thing that is measured. A change here raises MEASURE_VERSION."""
+"""Counters, one for each thing that is measured.
+
+A change to how something is measured raises `MEASURE_VERSION`: boards never mix two versions.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,16 @@ MEASURE_VERSION = 1
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU, so that a clock read afterwards counts its work."""
+    """Wait until the GPU is done, so that a clock read afterwards includes its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class PeakMemory:
-    """Peaks inside a `with`: CUDA allocated and reserved bytes, and the process's resident set.
+    """Peak memory inside a `with`, in `bytes`: CUDA allocated and reserved, and the process's resident set.
 
-    The resident set is sampled every 10 ms by a thread; `resident_before` says what was there at the start.
-    What happens inside `paused` does not count.
+    The CUDA values are None on a CPU. The resident set is sampled every 10 ms by a thread; `resident_before`
+    is its size at the start. What happens inside `paused` does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,18 +50,18 @@ class PeakMemory:
         self._before = self._peak = self._process.memory_info().rss
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._stop.wait(0.01):
             if not self._paused:
                 self._peak = max(self._peak, self._process.memory_info().rss)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For other work in between, such as scoring."""
+        """A context whose memory does not count, for work such as scoring."""
         self._read_cuda()
         self._paused = True
         try:
@@ -70,8 +73,8 @@ class PeakMemory:
 
     def _read_cuda(self) -> None:
         if self.device.type == "cuda":
-            now = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
-            self._cuda = [max(a, b) for a, b in zip(self._cuda, now, strict=True)]
+            peaks = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+            self._cuda = [max(a, b) for a, b in zip(self._cuda, peaks, strict=True)]
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -81,15 +84,15 @@ class PeakMemory:
         allocated, reserved = self._cuda if self.device.type == "cuda" else (None, None)
         self.bytes = {
             "cuda_allocated_peak": allocated, "cuda_reserved_peak": reserved,
-            "resident_peak": self._peak,
-            "resident_before": self._before,
+            "resident_peak": self._peak, "resident_before": self._before,
         }  # fmt: skip
 
 
 class Energy:
-    """Joules that the device itself reports for what happens inside a `with`; None where it reports nothing.
+    """Energy inside a `with`, in `joules`, as the device itself reports it; None where it reports nothing.
 
     NVIDIA GPUs: NVML's energy counter. CPUs: the package counters of Linux powercap, where they can be read.
+    What happens inside `paused` does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -101,7 +104,7 @@ class Energy:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For other work in between, such as scoring."""
+        """A context whose energy does not count, for work such as scoring."""
         begin = self._read()
         try:
             yield
@@ -120,6 +123,7 @@ class Energy:
 
 
 def _gpu_joules(device: torch.device) -> float | None:
+    """The GPU's energy counter (NVML counts millijoules)."""
     try:
         import pynvml
     except ImportError:
@@ -133,6 +137,7 @@ def _gpu_joules(device: torch.device) -> float | None:
 
 
 def _cpu_joules() -> float | None:
+    """The sum of the CPU packages' energy counters (powercap counts microjoules)."""
     counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
     try:
         return sum(int(c.read_text()) for c in counters) / 1e6 if counters else None
@@ -141,7 +146,8 @@ def _cpu_joules() -> float | None:
 
 
 def saved_bytes(forward: Callable[[], Tensor], attached: Attached) -> int:
-    """Bytes of distinct storages that `forward` keeps for its backward pass, parameters and weights apart."""
+    """Bytes of distinct storages that autograd saves for backward in `forward()`; those of the parameters and
+    buffers of model and adapter do not count."""
     own = {t.untyped_storage().data_ptr() for m in (attached.model, attached.adapter) for t in _tensors(m)}
     sizes: dict[int, int] = {}
     alive = []
@@ -153,8 +159,8 @@ def saved_bytes(forward: Callable[[], Tensor], attached: Attached) -> int:
         return t.detach()  # keeping an output itself would tie its graph into a ring that is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        kept = forward()
-    del kept
+        output = forward()
+    del output
     return sum(sizes.values())
 
 
@@ -164,42 +170,44 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def weight_bytes(attached: Attached) -> int:
     """Bytes of the model's and the adapter's parameters and buffers, tied ones once."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
              for m in (attached.model, attached.adapter) for t in _tensors(m)}  # fmt: skip
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors in the optimiser's state."""
     states = optimizer.state_dict()["state"].values()
     return sum(v.numel() * v.element_size() for s in states for v in s.values() if isinstance(v, Tensor))
 
 
 def quantiles(seconds: list[float]) -> dict[str, float | None]:
-    """Median and 90th percentile in milliseconds; None when nothing was counted."""
+    """Median and 90th percentile of these times (seconds), in milliseconds; None where there are none."""
     if not seconds:
         return {"median_ms": None, "p90_ms": None}
     ordered = sorted(seconds)
-    below, share = divmod(0.9 * (len(ordered) - 1), 1)
-    low, high = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
-    p90 = low + share * (high - low)
+    index, fraction = divmod(0.9 * (len(ordered) - 1), 1)
+    low, high = ordered[int(index)], ordered[min(int(index) + 1, len(ordered) - 1)]
+    p90 = low + fraction * (high - low)
     return {"median_ms": round(statistics.median(ordered) * 1e3, 3), "p90_ms": round(p90 * 1e3, 3)}
 
 
 def curve(losses: list[float], points: int = 50) -> list[float] | None:
-    """Means over at most `points` equal stretches, up to a loss that is not finite; None for no losses."""
+    """The loss curve: means over at most `points` equal intervals of steps, up to the first loss that is not
+    finite; None where no loss is left."""
     losses = list(takewhile(math.isfinite, losses))
     n = min(points, len(losses))
-    cuts = [i * len(losses) // n for i in range(n + 1)] if n else []
-    return [round(statistics.fmean(losses[a:b]), 6) for a, b in pairwise(cuts)] or None
+    bounds = [i * len(losses) // n for i in range(n + 1)] if n else []
+    return [round(statistics.fmean(losses[a:b]), 6) for a, b in pairwise(bounds)] or None
 
 
 @torch.no_grad()
 def generation_latency(
     model: nn.Module, ids: Tensor, new_tokens: int = 24, rounds: int = 3
 ) -> dict[str, float]:
-    """Milliseconds to the first token and per further token: batch of one, greedy, after a warm-up.
+    """Milliseconds to the first token and per further token: greedy, after a warm-up.
 
-    `ids` is (1, T); the median over `rounds`.
+    `ids` (1, T) is the prompt; the times are medians over `rounds`.
     """
     mask = torch.ones_like(ids)
 
@@ -215,17 +223,17 @@ def generation_latency(
 
     seconds(2)
     first = statistics.median(seconds(1) for _ in range(rounds))
-    whole = statistics.median(seconds(new_tokens) for _ in range(rounds))
+    total = statistics.median(seconds(new_tokens) for _ in range(rounds))
     return {
         "prompt_tokens": ids.shape[1],
         "first_token_ms": round(first * 1e3, 3),
-        "token_ms": round((whole - first) / (new_tokens - 1) * 1e3, 3),
+        "token_ms": round((total - first) / (new_tokens - 1) * 1e3, 3),
     }
 
 
 @torch.no_grad()
 def forward_latency(model: nn.Module, ids: Tensor, rounds: int = 10) -> dict[str, float]:
-    """Time of one forward pass, milliseconds, batch of one; the median over `rounds` after a warm-up."""
+    """Milliseconds of a forward pass over `ids` (1, T): the median over `rounds`, after a warm-up."""
     times = []
     for i in range(rounds + 2):
         synchronize(ids.device)
@@ -238,20 +246,14 @@ def forward_latency(model: nn.Module, ids: Tensor, rounds: int = 10) -> dict[str
 
 
 LIBRARIES = (
-    "peftzoo",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "evaluate",
-    "lm-eval",
-    "safetensors",
+    "peftzoo", "torch", "transformers", "accelerate", "datasets", "evaluate", "lm-eval", "safetensors",
     "peft",
-)
+)  # fmt: skip
+"""Distributions whose versions a record holds."""
 
 
 def environment() -> dict[str, Any]:
-    """Device, threads, versions and commit: what a reader needs to repeat a run; no paths, no host name."""
+    """What a reader needs to repeat a run: device, threads, versions, commit. No paths, no host name."""
     versions = {}
     for name in LIBRARIES:
         try:
@@ -273,6 +275,7 @@ def environment() -> dict[str, Any]:
 
 
 def device_name() -> str:
+    """The name of the GPU, else of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU {torch.cpu.get_capabilities().get('cpu_name', platform.machine())}"
@@ -280,7 +283,7 @@ def device_name() -> str:
 
 def _commit() -> tuple[str | None, bool | None]:
     """The commit of a source checkout of this project, and whether it has changes; None when installed."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None, None
     try:

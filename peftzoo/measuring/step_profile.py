@@ -1,9 +1,9 @@
-"""What one training step of a method costs, as ratios to the frozen-model floor and beside HF PEFT.
+"""Time and memory of a method's training step, as ratios to the frozen-model floor and beside HF PEFT.
 
 The floor is what no method that trains from the first layer on can go below: the frozen model's forward and
 the backward of its activations, with one trained scalar at the embedding. A step is forward, backward and the
-optimiser's step. Floor, ours and PEFT's take turns in every round, and a ratio is the median of the per-round
-ratios, so that a busy machine slows all three alike.
+optimiser's step. The steps of the floor, of peftzoo and of PEFT take turns in every round, and a ratio is the
+median of the per-round ratios, so that a busy machine slows all three equally.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from peftzoo.adapters import Attached, attach
 from peftzoo.contract import registry
 from peftzoo.errors import UserError
 
-_WARM_UP = 2
+_WARM_UP_ROUNDS = 2
 
 
 def small_llama() -> nn.Module:
-    """The default model: 30.7 M parameters, 576 wide, 8 layers, 9 heads over 3, random weights."""
+    """The default model: 30.7 M random parameters, width 576, 8 layers, 9 heads and 3 key-value heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -54,11 +54,12 @@ def profile(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, Any]]:
-    """One row per method: time of a step (ms), its ratio to the floor, MiB saved for backward.
+    """One row per method: milliseconds of a step, its ratio to the floor, MiB saved for backward.
 
-    `model` builds a causal language model; `options` maps a method to its options; `against="peft"` measures
-    HF PEFT's own implementation with the same settings, where it has one. A method that fails gives a row
-    with status "failed" and the reason.
+    `model` builds a causal language model; `options` maps a method to its options; a batch is `batch_size`
+    rows of `length` tokens; `against="peft"` measures HF PEFT's own implementation with the same settings,
+    where it has one. A method that fails gives a row with status "failed" and the reason. Raises `UserError`
+    for another `against` and for less than one round.
     """
     if against not in (None, "peft"):
         raise UserError(f'against "{against}": only "peft" can be measured against')
@@ -72,13 +73,14 @@ def profile(
         try:
             rows.append(_row(name, base, ids, (options or {}).get(name, {}), against, rounds))
         except Exception as error:  # one method must not end the table
-            rows.append(_empty(name) | {"status": "failed", "reason": _reason(error)})
+            rows.append(_empty_row(name) | {"status": "failed", "reason": _reason(error)})
     return rows
 
 
-def _empty(name: str) -> dict[str, Any]:
+def _empty_row(name: str) -> dict[str, Any]:
+    """A row with every key, without measurements."""
     keys = ["trainable_params", "step_ms", "floor_ratio", "saved_mib"]
-    keys += [f"{who}_{key}" for who in ("floor", "peft") for key in keys]
+    keys += [f"{prefix}_{key}" for prefix in ("floor", "peft") for key in keys]
     keys.remove("floor_trainable_params")
     keys.remove("floor_floor_ratio")
     return {"name": name, "status": "ok", "reason": None, "peft_reason": None, **dict.fromkeys(keys)}
@@ -90,40 +92,45 @@ def _reason(error: Exception) -> str:
 
 @dataclass
 class Contender:
-    """A training step, how many numbers it trains, and the modules whose tensors live on between steps."""
+    """A training step to measure, the number of parameters that it trains, and its modules.
+
+    The parameters and buffers of the modules exist between steps and do not count as saved for backward.
+    """
 
     step: Callable[[], None]
-    trained: int
-    resident: list[nn.Module]
+    trainable_params: int
+    modules: list[nn.Module]
 
 
 def _row(
     name: str, base: nn.Module, ids: Tensor, options: dict[str, Any], against: str | None, rounds: int
 ) -> dict[str, Any]:
-    cls, row = registry.get(name), _empty(name)
+    """The row of one method: measure its step, the floor's and, where asked for and possible, PEFT's."""
+    cls, row = registry.get(name), _empty_row(name)
     handle = attach(copy.deepcopy(base), cls, batches=lambda: [{"input_ids": ids, "labels": ids}], **options)
-    contenders = {"floor": _floor(copy.deepcopy(base), ids), "ours": _ours(handle, ids)}
+    contenders = {"floor": _floor_step(copy.deepcopy(base), ids), "ours": _own_step(handle, ids)}
     if against and cls.peft and cls.peft_step:
         try:
-            peft = _peft(copy.deepcopy(base), ids, handle)
+            peft = _peft_step(copy.deepcopy(base), ids, handle)
             peft.step()
             contenders["peft"] = peft
         except Exception as error:
             row["peft_reason"] = _reason(error)
-    times = in_turn({who: c.step for who, c in contenders.items()}, rounds, ids.device)
-    for who, prefix in (("floor", "floor_"), ("ours", ""), ("peft", "peft_")):
-        if who not in times:
+    times = interleaved_times({key: c.step for key, c in contenders.items()}, rounds, ids.device)
+    for key, prefix in (("floor", "floor_"), ("ours", ""), ("peft", "peft_")):
+        if key not in times:
             continue
-        c = contenders[who]
-        ratios = [t / f for t, f in zip(times[who], times["floor"], strict=True)]
-        row[f"{prefix}trainable_params"] = c.trained
-        row[f"{prefix}step_ms"] = 1e3 * statistics.median(times[who])
+        contender = contenders[key]
+        ratios = [seconds / floor for seconds, floor in zip(times[key], times["floor"], strict=True)]
+        row[f"{prefix}trainable_params"] = contender.trainable_params
+        row[f"{prefix}step_ms"] = 1e3 * statistics.median(times[key])
         row[f"{prefix}floor_ratio"] = statistics.median(ratios)
-        row[f"{prefix}saved_mib"] = saved_mib(c)
-    return {key: row[key] for key in _empty(name)}
+        row[f"{prefix}saved_mib"] = saved_mib(contender)
+    return {key: row[key] for key in _empty_row(name)}
 
 
-def _floor(model: nn.Module, ids: Tensor) -> Contender:
+def _floor_step(model: nn.Module, ids: Tensor) -> Contender:
+    """The frozen model with one trained scalar at the embedding."""
     model.requires_grad_(False)
     embed, scale = model.get_input_embeddings(), nn.Parameter(torch.ones((), device=ids.device))
 
@@ -135,7 +142,8 @@ def _floor(model: nn.Module, ids: Tensor) -> Contender:
     return Contender(step, 1, [model])
 
 
-def _ours(handle: Attached, ids: Tensor) -> Contender:
+def _own_step(handle: Attached, ids: Tensor) -> Contender:
+    """The attached method, trained with its own optimiser."""
     model, adapter = handle.model, handle.adapter
     optimizer = handle.optimizer() if handle.parameters() else None
 
@@ -152,51 +160,53 @@ def _ours(handle: Attached, ids: Tensor) -> Contender:
     return Contender(step, handle.trainable_count(), [model, adapter])
 
 
-def _peft(model: nn.Module, ids: Tensor, handle: Attached) -> Contender:
-    """HF PEFT's version of the same adapter, trained with AdamW."""
+def _peft_step(model: nn.Module, ids: Tensor, handle: Attached) -> Contender:
+    """HF PEFT's implementation of the attached method, trained with AdamW."""
     import peft
 
     config = getattr(peft, handle.adapter.peft)(**handle.adapter.peft_config(handle.sites))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(model, config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=handle.adapter.lr, weight_decay=0.0)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=handle.adapter.lr, weight_decay=0.0)
 
     def step() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contender(step, sum(p.numel() for p in trained), [model])
+    return Contender(step, sum(p.numel() for p in trainable), [model])
 
 
-def in_turn(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved_times(
+    steps: dict[str, Callable], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each step in each round, after a warm-up; within a round the steps follow one another."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(_WARM_UP + rounds):
+    for number in range(_WARM_UP_ROUNDS + rounds):
         for name, step in steps.items():
-            wait()
+            synchronize()
             start = time.perf_counter()
             step()
-            wait()
-            if number >= _WARM_UP:
+            synchronize()
+            if number >= _WARM_UP_ROUNDS:
                 times[name].append(time.perf_counter() - start)
     return times
 
 
 def saved_mib(contender: Contender) -> float:
-    """MiB that autograd keeps for backward: distinct storages, without those of parameters and buffers."""
-    resident = set()
-    for module in contender.resident:
+    """MiB that autograd saves for backward: distinct storages, without those of parameters and buffers."""
+    own = set()
+    for module in contender.modules:
         tensors = (*module.parameters(), *module.buffers())
-        resident |= {t.untyped_storage().data_ptr() for t in tensors}
+        own |= {t.untyped_storage().data_ptr() for t in tensors}
     sizes: dict[int, int] = {}
     alive = []
 
     def pack(t: Tensor) -> Tensor:
-        forward = torch._C._current_graph_task_id() == -1  # what backward makes for itself is not kept for it
+        forward = torch._C._current_graph_task_id() == -1  # tensors made in backward are not saved for it
         if forward and t.layout is torch.strided:
             storage = t.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
@@ -205,14 +215,17 @@ def saved_mib(contender: Contender) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         contender.step()
-    return sum(size for place, size in sizes.items() if place not in resident) / 2**20
+    return sum(size for pointer, size in sizes.items() if pointer not in own) / 2**20
 
 
 # -- the page -----------------------------------------------------------------------------------------
 
 
 def page(rows: list[dict[str, Any]], command: str, about: str) -> str:
-    """The rows as a Markdown page: ours beside PEFT's, and the geometric mean of ours / PEFT."""
+    """The rows as a Markdown page: ours beside PEFT's, and the geometric mean of ours / PEFT.
+
+    `command` and `about` (the machine and the settings) stand at its top.
+    """
     both = [r for r in rows if r["floor_ratio"] and r["peft_floor_ratio"]]
     lines = ["# Training steps against the frozen-model floor", "", about, f"Made by `{command}`.", ""]
     if both:
@@ -229,13 +242,14 @@ def page(rows: list[dict[str, Any]], command: str, about: str) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
-        ours, theirs = r["floor_ratio"], r["peft_floor_ratio"]
+        ratio, peft_ratio = r["floor_ratio"], r["peft_floor_ratio"]
         numbers = [
             f"{r['trainable_params']:,}" if r["trainable_params"] is not None else "",
             *(
                 "" if v is None else f"{v:.{digits}f}"
                 for v, digits in (
-                    (r["step_ms"], 0), (ours, 2), (theirs, 2), (ours and theirs and ours / theirs, 2),
+                    (r["step_ms"], 0), (ratio, 2), (peft_ratio, 2),
+                    (ratio and peft_ratio and ratio / peft_ratio, 2),
                     (r["saved_mib"], 0), (r["peft_saved_mib"], 0),
                 )
             ),

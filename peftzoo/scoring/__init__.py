@@ -1,8 +1,7 @@
 """From a model to scores.
 
-`evaluation` scores generation and choices through lm-evaluation-harness and trained heads by our own metrics,
-`language_model` answers the harness's requests, `metrics` are those of heads, `retention` is the loss on text
-that was not trained on.
+`evaluation` scores generation and choices through lm-evaluation-harness and trained heads by `metrics`,
+`language_model` answers the harness's requests, `retention` is the loss on another task's text.
 """
 
 __all__ = ["evaluation", "language_model", "metrics", "retention"]

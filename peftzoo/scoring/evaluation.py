@@ -1,4 +1,4 @@
-"""Scoring: generation and choices through lm-evaluation-harness, heads with local metrics."""
+"""Scoring: generation and choices through lm-evaluation-harness, trained heads by `metrics`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ INVALID = "[invalid]"
 
 @dataclass
 class Scores:
-    """Metrics of one model on one task; `outcomes` has one entry per row, for paired tests."""
+    """Scores of one model on one task.
+
+    `metrics` and their standard errors by lm-eval's names, None where undefined; `unparsed`: the share of
+    answers that could not be parsed, for generation; `outcomes`: one entry per row and filter, for paired
+    tests.
+    """
 
     metrics: dict[str, float | None]
     stderr: dict[str, float | None]
@@ -43,44 +48,45 @@ class TargetScale:
 
 
 def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name: str | None = None) -> Any:
-    """lm-eval's task object over these rows (`data.Rows`); training uses the same prompts.
+    """lm-eval's task object over these rows (`sources.Rows`); training uses the same prompts.
 
-    `name` is told to the model with each request, where several of them are answered together.
+    `name` replaces the task's name, which each request carries as `task_name`: it tells apart the requests of
+    several models that are scored together.
     """
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    _sandbox()
+    _sandbox_templates()
     config = task.harness() | ({"task": name} if name else {})
     if task.output_type == "generate_until":
         kwargs = {"do_sample": False} | (config.get("generation_kwargs") or {})
         config["generation_kwargs"] = kwargs | ({"max_gen_toks": max_new_tokens} if max_new_tokens else {})
-    found = datasets.DatasetDict({task.eval_split: rows.test})
+    dataset = datasets.DatasetDict({task.eval_split: rows.test})
     config.pop("training_split", None)  # neither prompts nor scores need the training rows
     if rows.fewshot is not None:
-        found[task.fewshot_split] = rows.fewshot
-    return ConfigurableTask(config=config | {"custom_dataset": lambda **_: found})
+        dataset[task.fewshot_split] = rows.fewshot
+    return ConfigurableTask(config=config | {"custom_dataset": lambda **_: dataset})
 
 
-def _sandbox() -> None:
-    """Templates in a task file name columns and filters; nothing else of Python is within their reach."""
+def _sandbox_templates() -> None:
+    """Let lm-eval render the templates of task files in Jinja's sandbox: they reach nothing of Python."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
 
     if not isinstance(utils.env, ImmutableSandboxedEnvironment):
-        open_to_all, utils.env = utils.env, ImmutableSandboxedEnvironment(
+        original, utils.env = utils.env, ImmutableSandboxedEnvironment(
             loader=utils.env.loader, undefined=utils.env.undefined,
             keep_trailing_newline=utils.env.keep_trailing_newline,
         )  # fmt: skip
-        utils.env.filters |= open_to_all.filters
+        utils.env.filters |= original.filters
 
 
 def prompt_and_answer(lm_task: Any, row: dict[str, Any]) -> tuple[str, str]:
-    """The prompt of a row, as lm-eval makes it, and the right continuation, delimiter included."""
+    """The prompt of a row, as lm-eval makes it, and the correct continuation, delimiter included."""
     prompt, answer = lm_task.fewshot_context(row, lm_task.config.num_fewshot), lm_task.doc_to_target(row)
     choices = lm_task.doc_to_choice(row) if lm_task.config.doc_to_choice is not None else None
-    if lm_task.multiple_input:  # the choices are beginnings, the target is how all of them go on
+    if lm_task.multiple_input:  # the choices are contexts, the target is their common continuation
         prompt = prompt[lm_task.doc_to_text(row)]
     elif choices is not None and answer not in choices:
         answer = choices[int(answer)]
@@ -90,9 +96,9 @@ def prompt_and_answer(lm_task: Any, row: dict[str, Any]) -> tuple[str, str]:
 def score_language(
     model: nn.Module, tokenizer: Any, lm_task: Any, batch_size: int, precision: str = "fp32", metric: str = ""
 ) -> Scores:
-    """Greedy generation or log-likelihood of choices, as the task says.
+    """Scores of a causal model by greedy generation or by log-likelihood of choices, as the task says.
 
-    The share of answers that cannot be parsed is counted with the filter that `metric` names.
+    `batch_size`: rows per forward pass. `unparsed` is counted with the filter that `metric` names.
     """
     from peftzoo.scoring.language_model import LanguageModel
 
@@ -101,7 +107,10 @@ def score_language(
 
 
 def run_tasks(lm: Any, lm_tasks: list[Any], metric: str = "") -> list[Scores]:
-    """What lm-eval makes of `lm`'s answers to tasks of different names; all requests reach it at once."""
+    """Scores of the lm-eval model `lm` on tasks with different names; it gets all their requests at once.
+
+    The time is shared equally among the tasks.
+    """
     from lm_eval.evaluator import evaluate
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap would start a process per core
@@ -110,55 +119,59 @@ def run_tasks(lm: Any, lm_tasks: list[Any], metric: str = "") -> list[Scores]:
     with redirect_stdout(io.StringIO()):  # it prints the names of the scores that it bootstraps
         results = evaluate(lm, tasks, bootstrap_iters=200, log_samples=True)
     seconds = (time.perf_counter() - begin) / len(lm_tasks)
-    return [_read(results, t, metric, seconds) for t in lm_tasks]
+    return [_task_scores(results, t, metric, seconds) for t in lm_tasks]
 
 
-def _read(results: dict[str, Any], lm_task: Any, metric: str, seconds: float) -> Scores:
+def _task_scores(results: dict[str, Any], lm_task: Any, metric: str, seconds: float) -> Scores:
+    """One task's scores from what lm-eval's `evaluate` returned."""
     name = lm_task.config.task
     scores = {
         k: v for k, v in results["results"][name].items() if isinstance(v, (int, float)) and k != "sample_len"
     }
-    values = {_key(k): _finite(v) for k, v in scores.items() if "_stderr" not in k}
-    errors = {_key(k.replace("_stderr", "")): _finite(v) for k, v in scores.items() if "_stderr" in k}
+    values = {_metric_name(k): _finite(v) for k, v in scores.items() if "_stderr" not in k}
+    errors = {_metric_name(k.replace("_stderr", "")): _finite(v) for k, v in scores.items() if "_stderr" in k}
     samples = results["samples"][name]
     outcomes = [_outcome(s, lm_task) for s in samples]
-    wanted = metric.rpartition(",")[2] if "," in metric else samples[0]["filter"]
-    mine = [s for s in samples if s["filter"] == wanted]
+    filter_name = metric.rpartition(",")[2] if "," in metric else samples[0]["filter"]
+    filtered = [s for s in samples if s["filter"] == filter_name]
     unparsed = None
     if lm_task.OUTPUT_TYPE == "generate_until":
-        unparsed = sum(s["filtered_resps"][0] == INVALID for s in mine) / len(mine)
-    return Scores(values, errors, len(mine), unparsed, seconds, outcomes)
+        unparsed = sum(s["filtered_resps"][0] == INVALID for s in filtered) / len(filtered)
+    return Scores(values, errors, len(filtered), unparsed, seconds, outcomes)
 
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _key(name: str) -> str:
-    """`exact_match,strict` as it is; `acc,none` becomes `acc`."""
+def _metric_name(name: str) -> str:
+    """lm-eval's name without an empty filter: `acc,none` becomes `acc`, `exact_match,strict` stays."""
     return name.removesuffix(",none")
 
 
 def _outcome(sample: dict[str, Any], lm_task: Any) -> dict[str, Any]:
-    """One row's outcome: row number, filter, what was answered, whether it was right."""
-    known = {k: sample[k] for k in sample.get("metrics", []) if isinstance(sample.get(k), (int, float))}
-    answered = sample["filtered_resps"]
+    """One row's outcome: row number, filter, the answer, and the row's metrics."""
+    row_metrics = {k: sample[k] for k in sample.get("metrics", []) if isinstance(sample.get(k), (int, float))}
+    answer = sample["filtered_resps"]
     if lm_task.OUTPUT_TYPE == "multiple_choice":
-        answered = [round(float(r[0]), 4) if math.isfinite(r[0]) else None for r in answered]
-    return {"row": sample["doc_id"], "filter": sample["filter"], "answer": answered, **known}
+        answer = [round(float(r[0]), 4) if math.isfinite(r[0]) else None for r in answer]
+    return {"row": sample["doc_id"], "filter": sample["filter"], "answer": answer, **row_metrics}
 
 
 @torch.no_grad()
 def score_head(
     model: nn.Module,
     examples: list[Example],
-    names: list[str],
+    metric_names: list[str],
     kind: str,
     scale: TargetScale,
     pad: int,
     batch_size: int,
 ) -> Scores:
-    """Predictions of the trained head on all examples (their `target` is the reference)."""
+    """Scores of a trained head on all examples, whose `target` is the reference.
+
+    `kind`: classification or regression; `pad`: the padding token's id; `batch_size`: rows per forward pass.
+    """
     begin = time.perf_counter()
     device = next(model.parameters()).device
     predictions = [0.0] * len(examples)
@@ -172,8 +185,8 @@ def score_head(
             predictions[i] = value * scale.spread + scale.mean
     references = [e.target * scale.spread + scale.mean for e in examples]
     return Scores(
-        metrics.compute(names, predictions, references),
-        {n: metrics.standard_error(n, predictions, references) for n in names},
+        metrics.compute(metric_names, predictions, references),
+        {n: metrics.standard_error(n, predictions, references) for n in metric_names},
         len(examples),
         None,
         time.perf_counter() - begin,

@@ -1,4 +1,4 @@
-"""What a run forgets: the loss on text that it was not trained on, before and after."""
+"""Retention: how much a run forgets, as the loss on another task's text before and after training."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from peftzoo.tasks.run_data import EvalSet
 from peftzoo.tasks.schema import TaskGroup
 from peftzoo.training import batches, losses
 
-ROWS = 200
-"""Rows that are read, at most."""
-BATCH = 16
+MAX_ROWS = 200
+BATCH_SIZE = 16
 
 
 def load(name: str, task_group: TaskGroup, source: str, mirror: Path | None) -> EvalSet:
-    """Rows of the scored split of task `name`. Raises `UserError` where the course itself trains on it."""
+    """The first `MAX_ROWS` scored rows of task `name`.
+
+    Raises `UserError` where the task group of the run trains on that task.
+    """
     task = task_files.get(name)
     if task.name in {t.name for t in task_group.tasks}:
         raise UserError(
             f'--retention "{name}" is trained on in this run: name another task, whose text is not'
         )
     rows = sources.load(task, source, mirror, trains=False)
-    rows.test = rows.test.select(range(min(ROWS, len(rows.test))))
+    rows.test = rows.test.select(range(min(MAX_ROWS, len(rows.test))))
     return EvalSet(task, rows)
 
 
 @torch.no_grad()
 def loss(model: nn.Module, examples: list[batches.Example], pad: int) -> tuple[float, int]:
-    """Mean negative log-likelihood in nats per token of examples whose labels are all their tokens; and the
-    number of these tokens."""
-    device, keeps = next(model.parameters()).device, losses.takes_logits_to_keep(model)
+    """Mean negative log-likelihood of the examples' target tokens, in nats per token, and their number."""
+    device, skip_prompt_logits = next(model.parameters()).device, losses.takes_logits_to_keep(model)
     total, tokens = 0.0, 0
-    for rows in batches.by_length(examples, BATCH):
+    for rows in batches.by_length(examples, BATCH_SIZE):
         batch = batches.collate([examples[i] for i in rows], pad)
         batch: dict[str, Any] = {k: t.to(device) for k, t in batch.items()}
-        total += float(losses.summed(model, batch, keeps))
-        tokens += losses.count(batch)
+        total += float(losses.loss_sum(model, batch, skip_prompt_logits))
+        tokens += losses.target_count(batch)
     return total / tokens, tokens

@@ -14,7 +14,10 @@ from peftzoo.tasks.sources import NoRows, Rows
 
 @dataclass
 class EvalSet:
-    """A scored task: rows that are reported, and rows by which a state of the run is chosen, if any."""
+    """A task to score: its rows, of which `rows.test` is reported.
+
+    `selection_rows` (`datasets.Dataset` or None): the rows whose score selects the reported checkpoint.
+    """
 
     task: Task
     rows: Rows
@@ -22,12 +25,13 @@ class EvalSet:
 
     @property
     def name(self) -> str:
+        """The task's name."""
         return self.task.name
 
 
 @dataclass
 class TrainSet:
-    """Rows to train on (`datasets.Dataset`), the task whose prompts they get, and rows shown in these."""
+    """Rows to train on (`datasets.Dataset`), the task that makes their prompts, and its few-shot rows."""
 
     task: Task
     rows: Any
@@ -36,7 +40,7 @@ class TrainSet:
 
 @dataclass
 class RunData:
-    """What a run trains on and is scored on."""
+    """What a run trains on and is scored on; `info` is what the record says of it."""
 
     eval_sets: list[EvalSet]
     train_sets: list[TrainSet]
@@ -44,10 +48,12 @@ class RunData:
 
     @property
     def trained_rows(self) -> int:
+        """Rows of all train sets together."""
         return sum(len(train_set.rows) for train_set in self.train_sets)
 
     @property
     def scored_rows(self) -> int:
+        """Reported rows of all eval sets together."""
         return sum(len(eval_set.rows.test) for eval_set in self.eval_sets)
 
 
@@ -58,25 +64,27 @@ def load(task_group: TaskGroup, source: str, mirror: Path | None, trains: bool) 
     Raises `NoRows` where nothing is left, and `UserError` where a scored row is among the training rows and
     the task does not allow for it.
     """
-    together = len(task_group.tasks) > 1
+    several = len(task_group.tasks) > 1
     eval_sets, left_out = [], {}
     for task in task_group.tasks:
         try:
-            eval_sets.append(EvalSet(task, sources.load(task, source, mirror, trains and not together)))
+            eval_sets.append(EvalSet(task, sources.load(task, source, mirror, trains and not several)))
         except NoRows as error:
-            if not together:
+            if not several:
                 raise
             left_out[task.name] = str(error)
     if not eval_sets:
         raise NoRows(next(iter(left_out.values())))
-    train_sets, train = _train_sets(task_group, eval_sets, source, mirror)
+    train_sets, alternative_info = _train_sets(task_group, eval_sets, source, mirror)
     if trains and not train_sets:
         raise NoRows(
             f'"{task_group.name}" has no training rows ({source} source): score it with --method none, run a '
             "group that it is in (peftzoo list tasks), or take another --source or --data FOLDER"
         )
     info = (
-        eval_sets[0].rows.info if not together else _info(task_group, eval_sets, train_sets, train, left_out)
+        eval_sets[0].rows.info
+        if not several
+        else _group_info(task_group, eval_sets, train_sets, alternative_info, left_out)
     )
     info |= overlaps(eval_sets, train_sets)
     return RunData(eval_sets, train_sets, info)
@@ -85,48 +93,71 @@ def load(task_group: TaskGroup, source: str, mirror: Path | None, trains: bool) 
 def _train_sets(
     task_group: TaskGroup, eval_sets: list[EvalSet], source: str, mirror: Path | None
 ) -> tuple[list[TrainSet], dict[str, Any] | None]:
-    """The members' training rows, those of one data set once; or a data set that holds the whole mix."""
+    """The train sets of the group, and what the record says of an alternative one, if that is used.
+
+    A group may name a data set that holds its whole training mixture; where the source has it, it is the only
+    train set. Else they are the members' own training rows, those of one data set once.
+    """
     if len(task_group.tasks) > 1 and (
-        found := sources.alternative_train_set(eval_sets[0].task, task_group.about.train, source, mirror)
+        alternative := sources.alternative_train_set(
+            eval_sets[0].task, task_group.about.train, source, mirror
+        )
     ):
-        rows, info, prompts = found
+        rows, info, prompts = alternative
         return [TrainSet(eval_sets[0].task.model_copy(update=prompts), rows)], info
     train_sets: dict[Any, TrainSet] = {}
     for eval_set in eval_sets:
-        t, rows = eval_set.task, eval_set.rows
+        task, rows = eval_set.task, eval_set.rows
         if rows.train is not None:
-            key = (t.dataset_path, t.dataset_name, t.training_split, str(rows.prompts), t.doc_to_text)
-            train_sets.setdefault(key, TrainSet(t.model_copy(update=rows.prompts), rows.train, rows.fewshot))
+            key = (
+                task.dataset_path,
+                task.dataset_name,
+                task.training_split,
+                str(rows.prompts),
+                task.doc_to_text,
+            )
+            train_set = TrainSet(task.model_copy(update=rows.prompts), rows.train, rows.fewshot)
+            train_sets.setdefault(key, train_set)
     return [*train_sets.values()], None
 
 
-def _info(task_group: TaskGroup, eval_sets: list[EvalSet], train_sets: list[TrainSet],
-          train: dict[str, Any] | None, left_out: dict[str, str]) -> dict[str, Any]:  # fmt: skip
-    files = {f"{p.name}/{s}": f for p in eval_sets for s, f in p.rows.info["files"].items()}
+def _group_info(
+    task_group: TaskGroup,
+    eval_sets: list[EvalSet],
+    train_sets: list[TrainSet],
+    alternative_info: dict[str, Any] | None,
+    left_out: dict[str, str],
+) -> dict[str, Any]:
+    """What the record says of the rows of a group of several tasks."""
+    files = {f"{e.name}/{split}": file for e in eval_sets for split, file in e.rows.info["files"].items()}
     info = {"source": eval_sets[0].rows.info["source"], "id": task_group.name, "files": files}
-    info["parts"] = {p.name: {k: v for k, v in p.rows.info.items() if k != "files"} for p in eval_sets}
-    info["trained_on"] = train or {train_set.task.name: len(train_set.rows) for train_set in train_sets}
+    info["parts"] = {e.name: {k: v for k, v in e.rows.info.items() if k != "files"} for e in eval_sets}
+    own_rows = {train_set.task.name: len(train_set.rows) for train_set in train_sets}
+    info["trained_on"] = alternative_info or own_rows
     return info | ({"left_out": left_out} if left_out else {})
 
 
 def overlaps(eval_sets: list[EvalSet], train_sets: list[TrainSet]) -> dict[str, Any]:
-    """Scored rows whose text is trained on or shown, per task where the task allows for it.
+    """How many scored rows have a text that is also a training or few-shot row's, as an entry of the record.
 
-    Raises `UserError` where a task does not.
+    `{"overlap": {task name: {"rows": overlapping, "of": scored}}}`, for tasks that allow for it; {} where no
+    row overlaps. Raises `UserError` where a task does not allow for it.
     """
-    seen = [overlap.texts(train_set.task, train_set.rows) for train_set in train_sets]
-    found = {}
+    train_texts = [overlap.texts(train_set.task, train_set.rows) for train_set in train_sets]
+    counts = {}
     for eval_set in eval_sets:
-        fewshot = (
+        fewshot_texts = (
             [overlap.texts(eval_set.task, eval_set.rows.fewshot)] if eval_set.rows.fewshot is not None else []
         )
-        rows = overlap.shared(overlap.texts(eval_set.task, eval_set.rows.test), [*seen, *fewshot])
-        if rows and eval_set.task.extra.overlap == "refuse":
+        shared = overlap.overlapping_indices(
+            overlap.texts(eval_set.task, eval_set.rows.test), [*train_texts, *fewshot_texts]
+        )
+        if shared and eval_set.task.extra.overlap == "refuse":
             raise UserError(
-                f'task "{eval_set.name}": the text of {len(rows)} of {len(eval_set.rows.test)} scored rows '
-                f"(first: row {rows[0]}) is among the training rows: mend the data, or allow for it in the "
+                f'task "{eval_set.name}": the text of {len(shared)} of {len(eval_set.rows.test)} scored rows '
+                f"(first: row {shared[0]}) is among the training rows: mend the data, or allow for it in the "
                 "task file (metadata.peftzoo.overlap: record)"
             )
-        if rows:
-            found[eval_set.name] = {"rows": len(rows), "of": len(eval_set.rows.test)}
-    return {"overlap": found} if found else {}
+        if shared:
+            counts[eval_set.name] = {"rows": len(shared), "of": len(eval_set.rows.test)}
+    return {"overlap": counts} if counts else {}

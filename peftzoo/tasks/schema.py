@@ -1,4 +1,4 @@
-"""What a task file may say: lm-evaluation-harness's keys, and the block `metadata.peftzoo`."""
+"""The schema of a task file: lm-evaluation-harness's keys, and the block `metadata.peftzoo`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ class _Strict(BaseModel):
 
 
 class Settings(_Strict):
-    """Training and evaluation settings that a task recommends; every one may be overridden."""
+    """Training and evaluation settings that a task recommends; every one may be overridden.
+
+    `max_length` and `max_new_tokens` are in tokens.
+    """
 
     steps: int = Field(150, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -23,11 +26,14 @@ class Settings(_Strict):
     max_new_tokens: int = Field(256, ge=1)
     train_on_prompt: bool = False
     lr_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Times the method's own learning rate: a very small model takes larger steps."""
+    """The method's own learning rate is multiplied by this: a very small model takes larger steps."""
 
 
 class HeadSpec(_Strict):
-    """Columns and labels for a trained head."""
+    """The columns that a trained head reads: one or two `text` columns, and the `label`.
+
+    `labels`: the names of the classes, in the order of their numbers; none for regression.
+    """
 
     kind: Literal["classification", "regression"]
     text: tuple[str, ...] = Field(min_length=1, max_length=2)
@@ -35,18 +41,21 @@ class HeadSpec(_Strict):
     labels: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _labels(self) -> HeadSpec:
+    def _check_labels(self) -> HeadSpec:
         if (self.kind == "classification") != bool(self.labels):
             raise ValueError("labels are listed for a classification head, and only for one")
         return self
 
 
-def _as_metric(value: Any) -> Any:
+def _without_spaces(value: Any) -> Any:
     return value.replace(" ", "") if isinstance(value, str) else value
 
 
 class Embedded(_Strict):
-    """The generator of rows with the data set's own columns, and how many rows of each split."""
+    """The embedded generator (`module:function`), which makes rows with the data set's own columns.
+
+    `train`, `test`, `validation` and `fewshot` are numbers of rows; `settings` replace those of the task.
+    """
 
     rows: str = Field(pattern=r"^peftzoo\.benchmarks\.[a-z0-9_.]+:[a-z0-9_]+$")
     train: int | None = Field(None, ge=1)
@@ -57,8 +66,11 @@ class Embedded(_Strict):
 
 
 class Cut(_Strict):
-    """Splits made by us from one split of the data set, for data that has no other: shuffled by the seed, the
-    first rows go to `parts` in their order, the others to `rest`. Rows of equal text stay together."""
+    """Splits made from the one split `of` of a data set that has no other.
+
+    The rows are shuffled by `seed`. The first go to `parts` (name -> rows) in their order, the others to the
+    split `rest`. Rows of equal text stay together.
+    """
 
     of: str
     parts: dict[str, Annotated[int, Field(ge=1)]] = Field(min_length=1)
@@ -66,21 +78,21 @@ class Cut(_Strict):
     seed: int = Field(ge=0)
 
 
-Metric = Annotated[str, BeforeValidator(_as_metric)]
+Metric = Annotated[str, BeforeValidator(_without_spaces)]
 
 
 class Protocol(_Strict):
-    """Which state of a training run is reported: the best of several by the score on some rows."""
+    """Which checkpoint of a training run is reported: the best of several by the score on some rows."""
 
     choose: Literal["scored"] | Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
-    """The scored rows themselves; or so many of them, or such a share, drawn by the run's seed: then the
-    others are reported."""
+    """Which rows select the checkpoint: all scored rows ("scored"), or a number or a share of them, drawn by
+    the run's seed; then only the others are reported."""
     average: Literal["mean", "median"] = "mean"
-    """Over seeds, on boards."""
+    """How boards average the scores of several seeds."""
 
 
 class TrainSource(_Strict):
-    """Another data set to train on, and how its rows become prompts and answers, where not as the task's."""
+    """Another data set to train on; its templates replace those of the task, where it has any."""
 
     dataset_path: str
     dataset_name: str | None = None
@@ -90,34 +102,34 @@ class TrainSource(_Strict):
 
     @property
     def prompts(self) -> dict[str, str]:
-        """The task's keys that hold for these rows."""
-        given = {"doc_to_text": self.doc_to_text, "doc_to_target": self.doc_to_target}
-        return {k: v for k, v in given.items() if v is not None}
+        """The keys of the task that these rows replace: `doc_to_text`, `doc_to_target`."""
+        templates = {"doc_to_text": self.doc_to_text, "doc_to_target": self.doc_to_target}
+        return {k: v for k, v in templates.items() if v is not None}
 
 
-class About(_Strict):
-    """What a task and a group that is trained together say of themselves."""
+class CommonMetadata(_Strict):
+    """The keys of `metadata.peftzoo` that a task and a group of tasks trained together have in common."""
 
     suite: str = Field(pattern=r"^[a-z0-9-]+$")
     title: str
     description: str = ""
-    """What is asked, in the words of a system prompt: for methods that write weights from a description."""
+    """The instruction, in the words of a system prompt: for methods that write weights from a description."""
     paper: str = ""
     protocol: str = Field(pattern=r"^[a-z0-9-]+$")
     protocols: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Protocol] = {}
-    """Others that may be asked for, by name."""
+    """Other protocols that `--protocol` may select, by name."""
     train: tuple[TrainSource, ...] = ()
-    """In place of its own training rows: the first of these that the source has (embedded rows: none)."""
+    """Train sets in place of its own: the first that the source has is used (embedded: none)."""
     settings: Settings = Settings()
 
 
-class Together(About):
+class GroupMetadata(CommonMetadata):
     """The block `metadata.peftzoo` of a group whose tasks are trained together and scored one by one."""
 
     embedded: Settings = Settings()
 
 
-class Extra(About):
+class TaskMetadata(CommonMetadata):
     """The block `metadata.peftzoo` of a task."""
 
     causal: Literal["generate", "choice", "head"]
@@ -126,22 +138,22 @@ class Extra(About):
     also: tuple[Metric, ...] = ()
     cut: Cut | None = None
     mirror: tuple[str, str] | None = None
-    """Data set and configuration in a local mirror, where the Hub has the same rows under another name."""
+    """Data set and configuration of these rows in a local mirror, where the Hub names them otherwise."""
     stand_in: dict[str, str] = {}
-    """Split of a local mirror that is read where another has no file."""
+    """Split -> the split of a local mirror that is read where the first has no file."""
     overlap: Literal["refuse", "record"] = "refuse"
-    """What becomes of scored rows whose text is among the training rows."""
+    """Scored rows whose text is among the training rows: an error, or counted in the record."""
     embedded: Embedded | None = None
 
     @model_validator(mode="after")
-    def _head(self) -> Extra:
+    def _check_head(self) -> TaskMetadata:
         if self.causal == "head" and self.head is None:
             raise ValueError("causal: head needs a head block")
         return self
 
 
-def _with(*keys: str) -> Any:
-    """A mapping that has these keys; lm-eval checks the others."""
+def _mapping_with(*keys: str) -> Any:
+    """The type of a mapping that has these keys; lm-eval checks the others."""
 
     def check(value: dict[str, Any]) -> dict[str, Any]:
         for key in keys:
@@ -152,11 +164,11 @@ def _with(*keys: str) -> Any:
     return Annotated[dict[str, Any], AfterValidator(check)]
 
 
-MetricEntry, FilterEntry = _with("metric"), _with("name", "filter")
+MetricEntry, FilterEntry = _mapping_with("metric"), _mapping_with("name", "filter")
 
 
 class Task(BaseModel):
-    """One task: lm-eval's fields as they stand in the file, and the extra block, checked."""
+    """One task: lm-eval's keys as they stand in the file, and `extra`, the block `metadata.peftzoo`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -175,10 +187,11 @@ class Task(BaseModel):
     metric_list: list[MetricEntry] = Field(min_length=1)
     filter_list: list[FilterEntry] | None = None
     version: float
-    extra: Extra
+    extra: TaskMetadata
 
     @property
     def name(self) -> str:
+        """The name of the task, which is lm-eval's key `task`."""
         return self.task
 
     @property
@@ -188,18 +201,21 @@ class Task(BaseModel):
 
     @property
     def instruction(self) -> str:
-        """The task in words: ours, else the words that lm-eval puts before a prompt, else the title."""
+        """The task in words: the block's description, else lm-eval's `description`, else the title."""
         return self.extra.description or (self.model_extra or {}).get("description") or self.extra.title
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Every split that is read: scored, shown in the prompt, trained on."""
+        """Every split that is read, each once: for training, for scoring, for few-shot examples."""
         fewshot = (self.fewshot_split,) if self.num_fewshot and self.fewshot_split else ()
         trained = (self.training_split,) if self.training_split else ()
         return tuple(dict.fromkeys((*trained, self.eval_split, *fewshot)))
 
     def view(self, causal: bool) -> str:
-        """How a model is scored: `generate`, `choice` or `head`."""
+        """How a model is scored: `generate`, `choice` or `head`; `causal`: it is a causal language model.
+
+        Raises `UserError` for an encoder where the task has no head.
+        """
         if causal:
             return self.extra.causal
         if self.extra.head is None:
@@ -214,19 +230,19 @@ class Task(BaseModel):
         return [m["metric"] + f for m in self.metric_list for f in filters]
 
     def harness(self) -> dict[str, Any]:
-        """The configuration for lm-eval, without our block."""
+        """The task's configuration for lm-eval, without the block `metadata.peftzoo`."""
         config = self.model_dump(exclude={"extra", "version"}, exclude_none=True)
         return config | {"metadata": {"version": self.version}}
 
     @model_validator(mode="after")
-    def _split(self) -> Task:
+    def _check_splits(self) -> Task:
         if not (self.test_split or self.validation_split):
             raise ValueError("a task needs a test_split or a validation_split")
         if self.num_fewshot and not self.fewshot_split:
             raise ValueError(f"num_fewshot {self.num_fewshot} needs a fewshot_split")
         cut = self.extra.cut
-        if cut and (foreign := {*self.splits} - {*cut.parts, cut.rest}):
-            raise ValueError(f'split "{min(foreign)}" is not among those that cut makes')
+        if cut and (unknown_splits := {*self.splits} - {*cut.parts, cut.rest}):
+            raise ValueError(f'split "{min(unknown_splits)}" is not among those that cut makes')
         if self.training_split and self.extra.embedded and not self.extra.embedded.train:
             raise ValueError("metadata.peftzoo.embedded.train is missing: how many rows to train on")
         return self
@@ -238,26 +254,26 @@ class TaskGroup:
 
     name: str
     version: float
-    about: About
+    about: CommonMetadata
     tasks: tuple[Task, ...]
 
     @property
     def instruction(self) -> str:
-        """What is asked, in words."""
+        """The task in words; for a group its description, else its title."""
         return self.about.description or (
             self.tasks[0].instruction if len(self.tasks) == 1 else self.about.title
         )
 
     def settings(self, embedded: bool) -> Settings:
         """The recommended settings, for embedded rows or for others."""
-        made = self.about.embedded
-        return (getattr(made, "settings", None) or made) if embedded else self.about.settings
+        spec = self.about.embedded
+        return (getattr(spec, "settings", None) or spec) if embedded else self.about.settings
 
 
-HARNESS = """
+LM_EVAL_KEYS = """
     task task_alias tag dataset_path dataset_name dataset_kwargs training_split validation_split test_split
     fewshot_split doc_to_text doc_to_target doc_to_choice unsafe_code use_prompt description target_delimiter
     fewshot_delimiter fewshot_config num_fewshot metric_list output_type generation_kwargs repeats filter_list
     should_decontaminate doc_to_decontamination_query gen_prefix metadata
 """
-"""Top-level keys of lm-eval that mean something in a plain YAML file."""
+"""Top-level keys of a task in lm-eval that a plain YAML file may have."""

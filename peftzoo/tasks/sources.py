@@ -1,4 +1,7 @@
-"""Rows for a task from one of three sources with the same columns: Hub, local mirror, embedded generator.
+"""Rows of a task from one of three sources with the same columns: Hub, local mirror, embedded generator.
+
+A mirror is a folder with one file per split, `<data set>/<configuration or default>/<split>.jsonl`, in which
+`/` in the data set's name is `__`.
 
 The source is never guessed from the state of the network. `--source` decides; without it `--data` means the
 mirror; without both, the embedded model uses embedded rows, and any other model uses the mirror named by
@@ -31,10 +34,10 @@ class NoRows(UserError):
 
 @dataclass
 class Rows:
-    """Rows to train on, to score and, where the task says so, to show in prompts (`datasets.Dataset` each).
+    """A task's training rows, scored rows and few-shot examples (`datasets.Dataset` each).
 
-    `train` is None where there are none. `info` is what the record says about them, `prompts` the task's keys
-    that other training rows than its own bring with them.
+    `train` and `fewshot` are None where there are none. `info` is what the record says about the rows;
+    `prompts` are the keys of the task that an alternative train set replaces.
     """
 
     train: Any
@@ -45,32 +48,43 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """Splits of one data set; those in `spare` may be missing, `task` is for messages."""
+class _Query:
+    """Splits of one data set to read; those in `optional` may be missing, `task` is for messages.
+
+    `stand_in`: split -> the split of a mirror to read in its place; `kwargs` are for `load_dataset`.
+    """
 
     task: str
     path: str
     name: str | None
     splits: tuple[str, ...]
-    spare: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     stand_in: dict[str, str] = field(default_factory=dict)
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
+        """Name and configuration of the data set, for the record."""
         return "/".join(filter(None, (self.path, self.name)))
 
 
-def mirror_folder(given: str | None) -> Path | None:
-    """The mirror that was named, by argument or by `PEFTZOO_DATA`."""
-    named = given or os.environ.get("PEFTZOO_DATA")
-    if named and not Path(named).is_dir():
-        raise UserError(f'data mirror "{named}": no such folder (--data or PEFTZOO_DATA)')
-    return Path(named) if named else None
+def mirror_folder(argument: str | None) -> Path | None:
+    """The mirror named by the argument (`--data`), else by `PEFTZOO_DATA`; None where neither names one.
+
+    Raises `UserError` where the folder does not exist.
+    """
+    folder = argument or os.environ.get("PEFTZOO_DATA")
+    if folder and not Path(folder).is_dir():
+        raise UserError(f'data mirror "{folder}": no such folder (--data or PEFTZOO_DATA)')
+    return Path(folder) if folder else None
 
 
 def select_source(source: str | None, model: str, mirror: Path | None, named: bool = False) -> str:
-    """The source for this run; see the rule at the top of the file. `named`: the mirror is from `--data`."""
+    """The source for this run, one of `SOURCES`; see the rule at the top of the file.
+
+    `named`: the mirror is from `--data`. Raises `UserError` for an unknown source, and for a mirror without
+    a folder.
+    """
     if source is not None:
         if source not in SOURCES:
             raise unknown("source", source, SOURCES)
@@ -83,43 +97,46 @@ def select_source(source: str | None, model: str, mirror: Path | None, named: bo
 
 
 def load(task: task_files.Task, source: str, mirror: Path | None = None, trains: bool = True) -> Rows:
-    """Rows of the task's training split, of the split that is scored, and of the one shown in the prompt.
+    """The task's training rows, scored rows and few-shot examples.
 
     Raises `NoRows` where the source lacks them; training rows may be missing unless the run `trains`. A task
     that is only scored has none.
     """
-    other = alternative_train_set(task, task.extra.train, source, mirror)
+    alternative = alternative_train_set(task, task.extra.train, source, mirror)
     own = task.training_split
-    spare = (own,) if own and (other or not trains) and own != task.eval_split else ()
+    optional = (own,) if own and (alternative or not trains) and own != task.eval_split else ()
     if source == "embedded":
-        found, info = _embedded(task)
+        rows_of_split, info = _generate_embedded(task)
     else:
         cut = task.extra.cut
         splits = (cut.of,) if cut else task.splits
-        path, name = _place(task, source)
-        wanted = _Wanted(task.name, path, name, splits, spare, task.extra.stand_in, task.dataset_kwargs)
-        found, info = _READERS[source](wanted, mirror)
+        path, name = _dataset_id(task, source)
+        query = _Query(task.name, path, name, splits, optional, task.extra.stand_in, task.dataset_kwargs)
+        rows_of_split, info = _READERS[source](query, mirror)
         if cut:
-            found, info["cut"] = _cut(task, cut, found[cut.of])
-    made = {s: _dataset(found[s], info["id"]) for s in task.splits if s in found}
-    fewshot = made[task.fewshot_split] if task.num_fewshot else None
-    rows = Rows(made.get(own), made[task.eval_split], info, fewshot)
-    if other:
-        rows.train, info["train"], rows.prompts = other
+            rows_of_split, info["cut"] = _cut(task, cut, rows_of_split[cut.of])
+    dataset_of = {s: _dataset(rows_of_split[s], info["id"]) for s in task.splits if s in rows_of_split}
+    fewshot = dataset_of[task.fewshot_split] if task.num_fewshot else None
+    rows = Rows(dataset_of.get(own), dataset_of[task.eval_split], info, fewshot)
+    if alternative:
+        rows.train, info["train"], rows.prompts = alternative
     return rows
 
 
 def sources(task: task_files.Task, mirror: Path | None) -> list[str]:
-    """Where the task's scored rows may come from; the mirror only if its file is there, which is not read."""
-    path, name = _place(task, "mirror")
+    """The sources that the task's scored rows may come from.
+
+    The mirror is among them only if its file exists; the Hub always is. Nothing is read.
+    """
+    path, name = _dataset_id(task, "mirror")
     split = task.extra.cut.of if task.extra.cut else task.eval_split
     files = {split, task.extra.stand_in.get(split, split)}
     folder = mirror and mirror / _folder_name(path) / _folder_name(name or "default")
-    there = folder and any((folder / f"{_folder_name(file)}.jsonl").is_file() for file in files)
-    return ["embedded"] * bool(task.extra.embedded) + ["mirror"] * bool(there) + ["hub"]
+    in_mirror = folder and any((folder / f"{_folder_name(file)}.jsonl").is_file() for file in files)
+    return ["embedded"] * bool(task.extra.embedded) + ["mirror"] * bool(in_mirror) + ["hub"]
 
 
-def _place(task: task_files.Task, source: str) -> tuple[str, str | None]:
+def _dataset_id(task: task_files.Task, source: str) -> tuple[str, str | None]:
     """The data set's name and configuration, which a mirror may have under another name."""
     return (source == "mirror" and task.extra.mirror) or (task.dataset_path, task.dataset_name)
 
@@ -127,18 +144,22 @@ def _place(task: task_files.Task, source: str) -> tuple[str, str | None]:
 def alternative_train_set(
     task: task_files.Task, choices: tuple[task_files.TrainSource, ...], source: str, mirror: Path | None
 ) -> tuple[Any, dict[str, Any], dict[str, str]] | None:
-    """The first of these training sets that the source has: its rows, what the record says, its prompts."""
+    """The first of these train sets that the source has, or None.
+
+    Returns its rows (`datasets.Dataset`), what the record says of them, and the task's keys that it replaces.
+    """
     for choice in choices if source != "embedded" else ():
-        wanted = _Wanted(task.name, choice.dataset_path, choice.dataset_name, (choice.split,))
+        query = _Query(task.name, choice.dataset_path, choice.dataset_name, (choice.split,))
         try:
-            found, info = _READERS[source](wanted, mirror)
+            rows_of_split, info = _READERS[source](query, mirror)
         except NoRows:
             continue
-        return _dataset(found[choice.split], info["id"]), info, choice.prompts
+        return _dataset(rows_of_split[choice.split], info["id"]), info, choice.prompts
     return None
 
 
 def _dataset(rows: list[dict[str, Any]], name: str) -> Any:
+    """The rows as a `datasets.Dataset`. Raises `UserError` where a column holds several types."""
     import datasets
 
     try:
@@ -152,15 +173,16 @@ SplitRows = tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]
 """Rows of each split that was read, and what the record says of them."""
 
 
-def _embedded(task: task_files.Task) -> SplitRows:
+def _generate_embedded(task: task_files.Task) -> SplitRows:
+    """Rows of the task's embedded generator. Raises `NoRows` where it has none."""
     spec = task.extra.embedded
     if spec is None:
         raise NoRows(f'task "{task.name}" has no embedded generator: use --data FOLDER or --source hub')
     counts = {task.test_split: spec.test, task.validation_split: spec.validation}
     counts |= {task.fewshot_split: spec.fewshot, task.training_split: spec.train}
-    make = task_files.generator(task)
+    generate = task_files.generator(task)
     try:
-        rows = {s: make(s, counts[s], EMBEDDED_SEED) for s in task.splits}
+        rows = {s: generate(s, counts[s], EMBEDDED_SEED) for s in task.splits}
     except ValueError as error:
         raise UserError(f'task "{task.name}": its generator {spec.rows} makes {error}') from None
     info = {"source": "embedded", "id": spec.rows.split(":")[0], "revision": f"v{task.version:g}"}
@@ -168,11 +190,15 @@ def _embedded(task: task_files.Task) -> SplitRows:
 
 
 def _digest(rows: list[dict[str, Any]]) -> str:
+    """sha256 of the rows as JSON, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _cut(task: task_files.Task, cut: task_files.Cut, rows: list[dict[str, Any]]) -> SplitRows:
-    """The splits that a cut makes. Equal questions stay in one, so no scored row is among the others."""
+    """The splits that a cut makes. Rows of equal text stay in one, so no scored row is in another split.
+
+    Raises `UserError` where there are too few rows.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row, text in zip(rows, overlap.texts(task, _dataset(rows, task.name)), strict=True):
         groups.setdefault(text, []).append(row)
@@ -182,35 +208,36 @@ def _cut(task: task_files.Task, cut: task_files.Cut, rows: list[dict[str, Any]])
         raise UserError(
             f'split "{cut.of}" has {len(texts)} distinct rows; the task cuts off {needed} of them'
         )
-    made: dict[str, list[dict[str, Any]]] = {}
+    rows_of_split: dict[str, list[dict[str, Any]]] = {}
     for name, count in cut.parts.items():
-        made[name] = [groups[texts[i]][0] for i in order[:count]]
+        rows_of_split[name] = [groups[texts[i]][0] for i in order[:count]]
         order = order[count:]
-    made[cut.rest] = [row for i in order for row in groups[texts[i]]]
-    splits = {name: {"sha256": _digest(r), "rows": len(r)} for name, r in made.items()}
-    return made, {"of": cut.of, "seed": cut.seed, "splits": splits}
+    rows_of_split[cut.rest] = [row for i in order for row in groups[texts[i]]]
+    splits = {name: {"sha256": _digest(r), "rows": len(r)} for name, r in rows_of_split.items()}
+    return rows_of_split, {"of": cut.of, "seed": cut.seed, "splits": splits}
 
 
-def _mirror(wanted: _Wanted, mirror: Path | None) -> SplitRows:
-    place = mirror / _folder_name(wanted.path) / _folder_name(wanted.name or "default")
-    found, files = {}, {}
-    for split in wanted.splits:
-        path = place / f"{_folder_name(split)}.jsonl"
-        other = place / f"{_folder_name(wanted.stand_in.get(split, split))}.jsonl"
+def _read_mirror(query: _Query, mirror: Path | None) -> SplitRows:
+    """Rows of a local mirror. Raises `NoRows` where it lacks a split that is not optional."""
+    folder = mirror / _folder_name(query.path) / _folder_name(query.name or "default")
+    rows_of_split, files = {}, {}
+    for split in query.splits:
+        path = folder / f"{_folder_name(split)}.jsonl"
+        other = folder / f"{_folder_name(query.stand_in.get(split, split))}.jsonl"
         if not path.is_file() and not other.is_file():
-            if split in wanted.spare:
+            if split in query.optional:
                 continue
-            have = ", ".join(sorted(p.stem for p in place.glob("*.jsonl"))) or "nothing"
+            present = ", ".join(sorted(p.stem for p in folder.glob("*.jsonl"))) or "nothing"
             raise NoRows(
-                f'task "{wanted.task}": the mirror lacks {path.relative_to(mirror)} (it has {have} there); '
+                f'task "{query.task}": the mirror lacks {path.relative_to(mirror)} (it has {present} there); '
                 "three ways out: another --data FOLDER, --source hub, or --model embedded"
             )
-        stands_in = {} if path.is_file() else {"stand_in": other.stem}
+        stand_in = {} if path.is_file() else {"stand_in": other.stem}
         path = path if path.is_file() else other
         data = path.read_bytes()
-        found[split] = _json_lines(data, str(path.relative_to(mirror)))
-        files[split] = {"sha256": hashlib.sha256(data).hexdigest(), "rows": len(found[split])} | stands_in
-    return found, {"source": "mirror", "id": wanted.id, "files": files}
+        rows = rows_of_split[split] = _json_lines(data, str(path.relative_to(mirror)))
+        files[split] = {"sha256": hashlib.sha256(data).hexdigest(), "rows": len(rows)} | stand_in
+    return rows_of_split, {"source": "mirror", "id": query.id, "files": files}
 
 
 def _json_lines(data: bytes, name: str) -> list[dict[str, Any]]:
@@ -239,27 +266,28 @@ def _folder_name(name: str) -> str:
     return safe.lstrip(".") or "_"
 
 
-def _hub(wanted: _Wanted, _: Path | None) -> SplitRows:
+def _read_hub(query: _Query, _: Path | None) -> SplitRows:
+    """Rows from the Hub, or from its local cache. Raises `NoRows` where neither has them."""
     import datasets
 
     from peftzoo.models import hub
 
-    offline = not hub.answers(wanted.path, "dataset")
-    if offline:  # what was fetched before still loads
+    offline = not hub.answers(query.path, "dataset")
+    if offline:  # what is in the cache still loads
         datasets.config.HF_HUB_OFFLINE = True
     try:
-        found = datasets.load_dataset(wanted.path, wanted.name, **wanted.kwargs)
+        loaded = datasets.load_dataset(query.path, query.name, **query.kwargs)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = "the Hub cannot be reached" if offline else " ".join(str(error).split())[:120]
         raise NoRows(
-            f'no data for task "{wanted.task}": {why}; three ways out: --data FOLDER (a local mirror, see '
+            f'no data for task "{query.task}": {why}; three ways out: --data FOLDER (a local mirror, see '
             "README), a machine that reaches the Hub, or --source embedded"
         ) from None
-    if missing := [s for s in wanted.splits if s not in found and s not in wanted.spare]:
-        raise NoRows(f'task "{wanted.task}": {wanted.path} has no split "{missing[0]}": {", ".join(found)}')
-    rows = {s: found[s].to_list() for s in wanted.splits if s in found}
+    if missing := [s for s in query.splits if s not in loaded and s not in query.optional]:
+        raise NoRows(f'task "{query.task}": {query.path} has no split "{missing[0]}": {", ".join(loaded)}')
+    rows = {s: loaded[s].to_list() for s in query.splits if s in loaded}
     files = {s: {"sha256": _digest(r), "rows": len(r)} for s, r in rows.items()}
-    return rows, {"source": "hub", "id": wanted.id, "files": files}
+    return rows, {"source": "hub", "id": query.id, "files": files}
 
 
-_READERS = {"mirror": _mirror, "hub": _hub}
+_READERS = {"mirror": _read_mirror, "hub": _read_hub}

@@ -1,4 +1,4 @@
-"""The rows of one run set apart: held out for a search, kept for selecting a checkpoint, limited."""
+"""Which rows of the data one run uses: held out for a search, reserved to select a checkpoint, limited."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ def split(data: RunData, *, hold_out: tuple[int, int] | None = None, selection: 
           seed: int = 0, limit: int | None = None) -> RunData:  # fmt: skip
     """A copy of `data` for one run; the rows themselves are shared.
 
-    `hold_out`: (rows, seed), train on the other training rows and score on these in place of the scored rows.
-    `selection`: how rows are set apart, by the run's `seed`, for selecting a checkpoint. `limit`: score only
-    the first rows of each task. Raises `UserError` where that leaves too few rows.
+    `hold_out`: (rows, seed), score on so many training rows of each task in place of its scored rows, and
+    train on the others. `selection`: the protocol by which rows are reserved, drawn by the run's `seed`, to
+    select a checkpoint. `limit`: score at most the first `limit` rows of each task. Raises `UserError` where
+    too few rows would be left.
     """
     eval_sets = [replace(e, rows=replace(e.rows)) for e in data.eval_sets]
-    made = RunData(eval_sets, [replace(t) for t in data.train_sets], data.info)
+    result = RunData(eval_sets, [replace(t) for t in data.train_sets], data.info)
     if hold_out:
-        _hold_out(made, *hold_out)
+        _hold_out(result, *hold_out)
     if selection:
-        _set_selection_apart(made.eval_sets, selection, seed)
+        _reserve_selection_rows(result.eval_sets, selection, seed)
     if limit:
-        _limit(made.eval_sets, limit)
-    return made
+        _limit(result.eval_sets, limit)
+    return result
 
 
 def _hold_out(data: RunData, count: int, seed: int) -> None:
     """Score on `count` training rows of each task, drawn by the seed, and train on the others.
 
-    Rows of equal text go to the same side; those shown in prompts are not drawn. The scored rows are gone.
-    Raises `UserError` where training rows cannot be scored or would not suffice.
+    Rows of equal text stay together, and few-shot examples are not drawn. The task's own scored rows are
+    dropped. Raises `UserError` where training rows cannot be scored or do not suffice.
     """
-    held = []
+    held_out_rows = []
     for eval_set in data.eval_sets:
         train_set = next((x for x in data.train_sets if x.rows is eval_set.rows.train), None)
         if train_set is None or eval_set.rows.prompts:
@@ -52,28 +53,31 @@ def _hold_out(data: RunData, count: int, seed: int) -> None:
             else set()
         )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        drawn = {t: None for i in order if (t := texts[i]) not in fewshot}
-        taken = {*list(drawn)[:count]}
-        out = [i for i in range(len(rows)) if texts[i] in taken][:count]
-        rest = [i for i in range(len(rows)) if texts[i] not in taken]
-        if len(out) > len(rest):
+        candidates = {t: None for i in order if (t := texts[i]) not in fewshot}
+        drawn = {*list(candidates)[:count]}
+        held_out = [i for i in range(len(rows)) if texts[i] in drawn][:count]
+        rest = [i for i in range(len(rows)) if texts[i] not in drawn]
+        if len(held_out) > len(rest):
             raise UserError(
                 f'task "{eval_set.name}": {count} rows to search on leave {len(rest)} of {len(rows)} to '
                 "train on: at most half (search.rows)"
             )
-        train_set.rows, eval_set.rows.test = rows.select(rest), rows.select(out)
-        held.append(len(out))
-    data.info = data.info | {"held_out": {"rows": held, "seed": seed}}
+        train_set.rows, eval_set.rows.test = rows.select(rest), rows.select(held_out)
+        held_out_rows.append(len(held_out))
+    data.info = data.info | {"held_out": {"rows": held_out_rows, "seed": seed}}
 
 
-def _set_selection_apart(eval_sets: list[EvalSet], protocol: Protocol, seed: int) -> None:
-    """Set apart, in each eval set, the rows by which a checkpoint is selected."""
+def _reserve_selection_rows(eval_sets: list[EvalSet], protocol: Protocol, seed: int) -> None:
+    """Set `selection_rows`; the other scored rows are reported. `choose: scored` uses all rows for both.
+
+    Raises `UserError` where that leaves no rows.
+    """
     for eval_set in eval_sets:
-        rows, how = eval_set.rows.test, protocol.choose
-        if how == "scored":
+        rows, choice = eval_set.rows.test, protocol.choose
+        if choice == "scored":
             eval_set.selection_rows = rows
             continue
-        count = how if isinstance(how, int) else round(how * len(rows))
+        count = choice if isinstance(choice, int) else round(choice * len(rows))
         if not 0 < count < len(rows):
             raise UserError(
                 f'task "{eval_set.name}": {count} of {len(rows)} scored rows to choose by leave none: '
@@ -84,11 +88,11 @@ def _set_selection_apart(eval_sets: list[EvalSet], protocol: Protocol, seed: int
         eval_set.rows.test = rows.select(sorted(order[count:]))
 
 
-def _limit(eval_sets: list[EvalSet], most: int) -> None:
-    """Keep only the first rows of each eval set."""
+def _limit(eval_sets: list[EvalSet], limit: int) -> None:
+    """Keep at most the first `limit` rows of each eval set."""
     for eval_set in eval_sets:
-        eval_set.rows.test = eval_set.rows.test.select(range(min(most, len(eval_set.rows.test))))
+        eval_set.rows.test = eval_set.rows.test.select(range(min(limit, len(eval_set.rows.test))))
         if eval_set.selection_rows is not None:
             eval_set.selection_rows = eval_set.selection_rows.select(
-                range(min(most, len(eval_set.selection_rows)))
+                range(min(limit, len(eval_set.selection_rows)))
             )

@@ -1,4 +1,8 @@
-"""The state of a run that stopped half-way: safetensors for tensors, JSON for the rest."""
+"""Checkpoints of a run in training: one safetensors file, with a checksum and everything else as JSON in it.
+
+`save` and `load` are for a run that goes on after an interruption; `write`, `read` and `restore` for tensors
+with a text, such as the best checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ from peftzoo.adapters import Attached, write_atomically
 
 
 def save(path: Path, attached: Attached, optimizer: Any, scheduler: Any, progress: dict[str, Any]) -> None:
-    """Write one file (atomically): adapter, optimiser, schedule, random state and `progress` (plain JSON)."""
-    tensors = trained(attached)
+    """Write adapter, optimiser, LR scheduler, random state and `progress` (JSON) atomically to `path`."""
+    tensors = trained_tensors(attached)
     state = optimizer.state_dict()
     scalars: dict[str, Any] = {}
     for index, entries in state["state"].items():
@@ -28,8 +32,13 @@ def save(path: Path, attached: Attached, optimizer: Any, scheduler: Any, progres
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     schedule = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
-    meta = {"groups": state["param_groups"], "scalars": scalars, "schedule": schedule, "progress": progress}
-    write(path, json.dumps(meta), tensors)
+    metadata = {
+        "groups": state["param_groups"],
+        "scalars": scalars,
+        "schedule": schedule,
+        "progress": progress,
+    }
+    write(path, json.dumps(metadata), tensors)
 
 
 def write(path: Path, text: str, tensors: dict[str, Tensor]) -> None:
@@ -41,13 +50,16 @@ def write(path: Path, text: str, tensors: dict[str, Tensor]) -> None:
 
 
 def load(path: Path, attached: Attached, optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
-    """Continue from `path`; returns the saved progress, or None, nothing changed, without a usable file."""
-    found = read(path)
-    if found is None:
+    """Restore what `save` wrote to `path`, and return its `progress`.
+
+    Without a usable file, or with one of another run, nothing is changed and None is returned.
+    """
+    checkpoint = read(path)
+    if checkpoint is None:
         return None
-    meta, tensors = json.loads(found[0]), found[1]
+    metadata, tensors = json.loads(checkpoint[0]), checkpoint[1]
     groups = optimizer.state_dict()["param_groups"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in meta["groups"]]:
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in metadata["groups"]]:
         return None
     if not restore(attached, tensors):
         return None
@@ -56,64 +68,68 @@ def load(path: Path, attached: Attached, optimizer: Any, scheduler: Any) -> dict
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = t
-    for key, value in meta["scalars"].items():
+    for key, value in metadata["scalars"].items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in meta["groups"]]
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in metadata["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    scheduler.load_state_dict(meta["schedule"] | {"lr_lambdas": [None] * len(groups)})
+    scheduler.load_state_dict(metadata["schedule"] | {"lr_lambdas": [None] * len(groups)})
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return meta["progress"]
+    return metadata["progress"]
 
 
 def restore(attached: Attached, tensors: dict[str, Tensor]) -> bool:
-    """Put `trained` tensors back; False, nothing changed, where they do not fit."""
-    mine = trained(attached)
-    if any(k not in tensors or tensors[k].shape != t.shape for k, t in mine.items()):
+    """Copy `tensors` into the `trained_tensors`. Where names or shapes differ, nothing changes: False."""
+    current = trained_tensors(attached)
+    if any(k not in tensors or tensors[k].shape != t.shape for k, t in current.items()):
         return False
     with torch.no_grad():
-        for k, t in mine.items():
+        for k, t in current.items():
             t.copy_(tensors[k])
     return True
 
 
 def read(path: Path) -> tuple[str, dict[str, Tensor]] | None:
-    """What `write` wrote, or None when the file is missing, damaged or foreign."""
+    """The text and the tensors that `write` wrote; None for a missing, damaged or foreign file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        if facts["sha256"] != _digest(facts["peftzoo"], tensors):
+        if metadata["sha256"] != _digest(metadata["peftzoo"], tensors):
             return None
-        json.loads(facts["peftzoo"])
-        return facts["peftzoo"], tensors
+        json.loads(metadata["peftzoo"])
+        return metadata["peftzoo"], tensors
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """sha256 over the JSON and all tensors: what a file says of itself."""
-    found = hashlib.sha256(text.encode())
+    """sha256 over the text and all tensors, in hexadecimal digits: the checksum that a file carries."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def trained(attached: Attached) -> dict[str, Tensor]:
-    """What training may change: the saved tensors, running buffers, the base where the method edits it."""
+def trained_tensors(attached: Attached) -> dict[str, Tensor]:
+    """All tensors that training may change, by name; they share the memory of the live ones.
+
+    They are the adapter's saved tensors, its buffers that are not saved (running statistics), and the weights
+    of the adapted base layers where the method edits them.
+    """
     adapter = attached.adapter
-    found = {f"adapter.{n}": t for n, t in attached.state_dict().items()}
-    kept = adapter.state_dict().keys()
-    found |= {f"buffer.{n}": b for n, b in adapter.named_buffers() if n not in kept}
+    tensors = {f"adapter.{n}": t for n, t in attached.state_dict().items()}
+    persistent = adapter.state_dict().keys()
+    tensors |= {f"buffer.{n}": b for n, b in adapter.named_buffers() if n not in persistent}
     if adapter.edits_base:
-        found |= {
+        tensors |= {
             f"site.{s.name}.{n}": p.detach() for s in attached.sites for n, p in s.module.named_parameters()
         }
-    return found
+    return tensors

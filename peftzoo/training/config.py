@@ -1,4 +1,4 @@
-"""How a run trains: the settings, and the precision that a device computes fast."""
+"""Training settings, and the precision that a device computes fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class TrainConfig(BaseModel):
-    """How a run trains; part of its identity."""
+    """How a run trains; runs with other settings are other runs.
+
+    `lr` is the adapter's learning rate and `head_lr` that of a trained head; `max_length` is in tokens.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""Fitting without gradients: the method asks for the loss as often as a run has steps."""
+"""Gradient-free training: the method evaluates the loss as often as a run has steps."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from peftzoo.measuring import counters
 from peftzoo.training import losses
 from peftzoo.training.batches import shuffled
-from peftzoo.training.loop import WARM_STEPS, Loop, TrainingStats
+from peftzoo.training.loop import UNTIMED_STEPS, Loop, TrainingStats
 
 
 class GradientFreeLoop(Loop):
-    """In place of the training loop for a method that `searches`.
+    """The loop of a method that `searches`: it calls the method's `search` in place of an optimiser.
 
-    A call of the loss counts as a step. It is the mean over the first `batch_size` rows in the order of the
-    seed, always the same ones, without dropout. Every process makes the whole search. Nothing is kept for a
-    later run: a search that is interrupted starts again.
+    An evaluation of the loss counts as a step. The loss is the mean over the first `batch_size` rows in the
+    order of the seed, always the same ones, without dropout. Every process does the full search. There are
+    no checkpoints: a search that is interrupted starts again.
     """
 
     def run(self) -> TrainingStats:
-        """Search. Losses that are not finite are the method's to judge."""
+        """Run the method's search. A loss that is not finite is no error: the method decides about it."""
         out, total, adapter = self.out, self.config.steps, self.attached.adapter
         if not total:
             return out
@@ -32,27 +32,28 @@ class GradientFreeLoop(Loop):
             counters.PeakMemory(self.accelerator.device) as peak,
             counters.Energy(self.accelerator.device) as energy,
         ):
-            adapter.search(lambda: self._ask(rows), len(rows), total)
+            adapter.search(lambda: self._evaluate_loss(rows), len(rows), total)
         out.memory |= peak.bytes | {"weights": counters.weight_bytes(self.attached)}
         out.memory |= dict.fromkeys(("gradients", "optimizer", "saved_for_backward"), 0)
         out.energy_joules = energy.joules
         return out
 
     @torch.no_grad()
-    def _ask(self, rows: list[int]) -> float:
+    def _evaluate_loss(self, rows: list[int]) -> float:
+        """Mean loss over these examples; counts as one step."""
         counters.synchronize(self.accelerator.device)
         begin, module = time.perf_counter(), self.accelerator.unwrap_model(self.module)
         size = self.config.micro_batch or len(rows)
         batches = [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
         with self.autocast():
             total = sum(float(module(batch)) for batch in batches)
-        loss = total / max(sum(map(losses.count, batches)), 1)
+        loss = total / max(sum(map(losses.target_count, batches)), 1)
         out, seconds = self.out, time.perf_counter() - begin
         tokens = sum(int(b["attention_mask"].sum()) for b in batches)
         out.losses.append(loss)
         out.tokens += tokens
         out.seconds += seconds
-        if len(out.losses) > WARM_STEPS:
+        if len(out.losses) > UNTIMED_STEPS:
             out.step_seconds.append(seconds)
             out.counted_tokens += tokens
         if self.on_step:

@@ -19,8 +19,8 @@ from peftzoo.training import checkpoints, losses
 from peftzoo.training.batches import Example, collate, plan
 from peftzoo.training.config import TrainConfig
 
-WARM_STEPS = 3
-"""Steps at the start whose time is not counted."""
+UNTIMED_STEPS = 3
+"""Steps after a start or a restart whose time is not counted: they warm up caches and allocators."""
 
 
 class NonFinite(Exception):
@@ -32,17 +32,24 @@ class TrainingStats:
     """What a training run measured; times in seconds, memory in bytes."""
 
     losses: list[float] = field(default_factory=list)
+    """The mean loss of each step."""
     step_seconds: list[float] = field(default_factory=list)
-    """Times of the steps that count: the first few after a start are left out."""
+    """Times of the timed steps: all but the first `UNTIMED_STEPS` after a start."""
     seconds: float | None = 0.0
-    """None where a part of the steps was done in a pack."""
+    """Of all steps; None where a part of them was done in a pack."""
     tokens: int = 0
+    """Tokens of all steps, without padding."""
     counted_tokens: int = 0
+    """Tokens of the timed steps."""
     micro_batch: int = 0
+    """Examples per forward pass at the end of the run."""
     halved: int = 0
+    """How often the micro-batch was halved for lack of memory."""
     resumed_at: int = 0
+    """The step of the checkpoint from which the run went on; 0 without one."""
     memory: dict[str, int | None] = field(default_factory=dict)
     energy_joules: float | None = None
+    """None where the device does not report it, and for a resumed run."""
 
 
 class Trainable(nn.Module):
@@ -51,19 +58,20 @@ class Trainable(nn.Module):
     def __init__(self, attached: Attached) -> None:
         super().__init__()
         self.model, self.adapter = attached.model, attached.adapter
-        self._keeps_logits = losses.takes_logits_to_keep(attached.model)
+        self._skip_prompt_logits = losses.takes_logits_to_keep(attached.model)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return losses.summed(self.model, batch, self._keeps_logits)
+        """The summed loss of a batch (a scalar)."""
+        return losses.loss_sum(self.model, batch, self._skip_prompt_logits)
 
 
 class Loop:
-    """Trains one attached adapter on a list of examples.
+    """Trains one attached adapter on a list of examples; `out` holds what is measured.
 
-    `on_step(step, total, loss, tokens_per_second)` follows the progress. With `save_to`, the state is
-    written every `save_every` steps and picked up again by the next run. `order` gives the rows of each step
-    in the place of a plan made from the seed; `before(rows)` is called as each step begins, `look(step)`
-    after each step in `looks`, off the clock.
+    `pad` is the padding token's id. With `save_to`, a checkpoint is written there every `save_every` steps,
+    and the next run goes on from it. `order`: the example numbers of each step, in place of an order drawn
+    from the seed. Callbacks: `on_batch(rows)` before each step, `on_step(step, total, loss,
+    tokens_per_second)` after it, and `on_eval(step)` after each step in `eval_at`, which is not timed.
     """
 
     def __init__(
@@ -86,43 +94,39 @@ class Loop:
         from transformers import get_scheduler
 
         self.attached, self.examples, self.config, self.pad = attached, examples, config, pad
-        self.accelerator, self.on_step, self.save_to, self.save_every = (
-            accelerator,
-            on_step,
-            save_to,
-            save_every,
-        )
-        self.seed, self.batches, self.on_batch = seed, order or self._plan(seed), on_batch
+        self.accelerator, self.on_step = accelerator, on_step
+        self.save_to, self.save_every = save_to, save_every
+        self.seed, self.batches, self.on_batch = seed, order or self._batch_order(seed), on_batch
         self.eval_at, self.on_eval = frozenset(eval_at), on_eval
         optimizer = attached.optimizer(config.lr, config.head_lr)
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.module, self.optimizer = Trainable(attached), optimizer
         if self.params:
             self.module, self.optimizer = accelerator.prepare(self.module, optimizer)
-        warm = math.ceil(config.warmup * config.steps)
-        self.scheduler = get_scheduler(config.schedule, optimizer, warm, config.steps)
-        self.out = TrainingStats(micro_batch=config.micro_batch or self._per_process())
+        warmup_steps = math.ceil(config.warmup * config.steps)
+        self.scheduler = get_scheduler(config.schedule, optimizer, warmup_steps, config.steps)
+        self.out = TrainingStats(micro_batch=config.micro_batch or self._rows_per_process())
 
-    def _plan(self, seed: int) -> list[list[int]]:
+    def _batch_order(self, seed: int) -> list[list[int]]:
+        """The example numbers of each step; only the examples in use are tokenised to sort by length."""
         c, rows = self.config, len(self.examples)
-        chosen = plan([0] * rows, c.steps, c.batch_size, seed)  # first the rows that are seen at all, ...
-        lengths = {i: len(self.examples[i].ids) for batch in chosen for i in batch}
-        return plan(
-            [lengths.get(i, 0) for i in range(rows)], c.steps, c.batch_size, seed
-        )  # ... then by length
+        unsorted = plan([0] * rows, c.steps, c.batch_size, seed)  # uses the same rows as the sorted plan
+        lengths = {i: len(self.examples[i].ids) for batch in unsorted for i in batch}
+        return plan([lengths.get(i, 0) for i in range(rows)], c.steps, c.batch_size, seed)
 
-    def _per_process(self) -> int:
+    def _rows_per_process(self) -> int:
+        """Examples of a batch per process, rounded up."""
         return -(-self.config.batch_size // self.accelerator.num_processes)
 
     def run(self) -> TrainingStats:
-        """Train. Raises `NonFinite`; what was measured until then stays in `self.out`."""
+        """Train. Raises `NonFinite`, with what was measured until then in `self.out`."""
         out, total = self.out, self.config.steps
         if not self.params or not total:
             return out
         torch.manual_seed(self.seed)
         start = self.resume()
         self.module.train()
-        self._fitting(self.probe)
+        self._retry_on_out_of_memory(self.probe)
         with (
             counters.PeakMemory(self.accelerator.device) as peak,
             counters.Energy(self.accelerator.device) as energy,
@@ -137,11 +141,11 @@ class Loop:
         self.attached.adapter.eval()
         out.memory |= peak.bytes | {"optimizer": counters.optimizer_bytes(self.optimizer)}
         out.memory["gradients"] = sum(p.numel() * p.element_size() for p in self.params)
-        out.energy_joules = None if start else energy.joules  # a resumed run knows only of its last part
+        out.energy_joules = None if start else energy.joules  # a resumed run measures only its last part
         return out
 
     def _evaluate(self, step: int) -> None:
-        """Let the caller see the state as it is; nothing of it reaches the training."""
+        """Call `on_eval` with model and adapter in eval mode; the training's random state does not change."""
         self.attached.model.eval()
         self.attached.adapter.eval()
         with torch.random.fork_rng():
@@ -151,10 +155,11 @@ class Loop:
         self.module.train()
 
     def _step(self, step: int, total: int) -> None:
+        """One optimiser step, and what is measured of it."""
         counters.synchronize(self.accelerator.device)
         begin = time.perf_counter()
         self.on_batch(self.batches[step - 1])
-        loss, tokens = self._fitting(lambda: self._accumulate(self.batches[step - 1]))
+        loss, tokens = self._retry_on_out_of_memory(lambda: self._accumulate(self.batches[step - 1]))
         self.update(step, loss)
         counters.synchronize(self.accelerator.device)
         seconds = time.perf_counter() - begin
@@ -162,14 +167,17 @@ class Loop:
         out.losses.append(loss)
         out.tokens += tokens
         out.seconds = None if out.seconds is None else out.seconds + seconds
-        if step > out.resumed_at + WARM_STEPS:
+        if step > out.resumed_at + UNTIMED_STEPS:
             out.step_seconds.append(seconds)
             out.counted_tokens += tokens
         if self.on_step:
             self.on_step(step, total, loss, tokens / seconds)
 
     def update(self, step: int, loss: float) -> None:
-        """The optimiser's step with the gradients that are there. Raises `NonFinite`."""
+        """Clip the gradients and let optimiser and LR scheduler take a step; the adapter's hooks are called.
+
+        Raises `NonFinite` where `loss` or the gradient norm is not finite.
+        """
         adapter, total = self.attached.adapter, self.config.steps
         if not math.isfinite(loss):
             raise NonFinite(f"loss is {loss} at step {step}")
@@ -182,14 +190,17 @@ class Loop:
         self.optimizer.zero_grad()
         adapter.after_step(step, total)
 
-    def _fitting(self, work: Callable[[], Any]) -> Any:
-        """Do `work`; if it runs out of memory, halve the micro-batch, measure it anew and start over."""
+    def _retry_on_out_of_memory(self, function: Callable[[], Any]) -> Any:
+        """Return `function()`. If it runs out of memory, halve the micro-batch, probe it and call it again.
+
+        A micro-batch of one, and a run of several processes, raise the error.
+        """
         while True:
             try:
-                return work()
+                return function()
             except (RuntimeError, MemoryError) as error:
                 if (
-                    not _out_of_memory(error)
+                    not _is_out_of_memory(error)
                     or self.out.micro_batch == 1
                     or self.accelerator.num_processes > 1
                 ):
@@ -199,47 +210,53 @@ class Loop:
             self.out.halved += 1
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if work != self.probe:
-                self._fitting(self.probe)
+            if function != self.probe:
+                self._retry_on_out_of_memory(self.probe)
 
     def _accumulate(self, rows: list[int]) -> tuple[float, int]:
-        """Forward and backward over one batch, in micro-batches; mean loss and tokens seen."""
-        acc, device = self.accelerator, self.accelerator.device
-        mine = rows[acc.process_index :: acc.num_processes] or rows[:1]
-        share = 1.0 if rows[acc.process_index :: acc.num_processes] else 0.0
+        """Forward and backward over one batch, in micro-batches; mean loss and tokens of all processes.
+
+        A process without rows of its own computes the first row with weight 0, to stay in step.
+        """
+        accelerator, device = self.accelerator, self.accelerator.device
+        own_rows = rows[accelerator.process_index :: accelerator.num_processes] or rows[:1]
+        weight = 1.0 if rows[accelerator.process_index :: accelerator.num_processes] else 0.0
         batches = [
-            self._batch(mine[i : i + self.out.micro_batch]) for i in range(0, len(mine), self.out.micro_batch)
+            self._batch(own_rows[i : i + self.out.micro_batch])
+            for i in range(0, len(own_rows), self.out.micro_batch)
         ]
         totals = torch.tensor(
             [
-                share * sum(map(losses.count, batches)),
-                share * sum(int(b["attention_mask"].sum()) for b in batches),
+                weight * sum(map(losses.target_count, batches)),
+                weight * sum(int(b["attention_mask"].sum()) for b in batches),
             ],
             device=device,
         )
-        n, tokens = (int(t) for t in acc.reduce(totals, "sum"))
+        targets, tokens = (int(t) for t in accelerator.reduce(totals, "sum"))
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            with acc.no_sync(self.module) if not last else nullcontext():
+            with accelerator.no_sync(self.module) if not last else nullcontext():
                 with self.autocast():
-                    part = share * self.module(batch) / max(n, 1)
+                    batch_loss = weight * self.module(batch) / max(targets, 1)
                     penalty = self.attached.adapter.penalty() if last else 0.0
-                acc.backward(part * acc.num_processes + penalty)  # processes average their gradients
-            loss += part.detach()
-        return float(acc.reduce(loss, "sum")), tokens
+                # processes average their gradients
+                accelerator.backward(batch_loss * accelerator.num_processes + penalty)
+            loss += batch_loss.detach()
+        return float(accelerator.reduce(loss, "sum")), tokens
 
     def _batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """These examples as one padded batch on the device."""
         batch = collate([self.examples[i] for i in rows], self.pad)
         return {k: t.to(self.accelerator.device) for k, t in batch.items()}
 
     def autocast(self) -> Any:
-        """The run's precision, within a `with`."""
+        """A context manager that sets the run's precision."""
         device = self.accelerator.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def probe(self) -> None:
-        """Bytes that one forward pass keeps for backward, on the longest micro-batch of the run."""
+        """Measure the bytes that a forward pass saves for backward, on copies of the longest example."""
         longest = max((i for b in self.batches for i in b), key=lambda i: len(self.examples[i].ids))
         batch = self._batch([longest] * self.out.micro_batch)
         module = self.accelerator.unwrap_model(self.module)
@@ -248,38 +265,32 @@ class Loop:
         self.out.memory |= {"saved_for_backward": saved, "weights": counters.weight_bytes(self.attached)}
 
     def resume(self) -> int:
-        """Go on from the checkpoint, if there is one; the number of steps that it has behind it."""
-        done = self.save_to and checkpoints.load(self.save_to, self.attached, self.optimizer, self.scheduler)
-        if not done:
+        """Restore the checkpoint, if there is one, and return its step; else 0."""
+        saved = self.save_to and checkpoints.load(self.save_to, self.attached, self.optimizer, self.scheduler)
+        if not saved:
             return 0
         out = self.out
-        out.losses, out.step_seconds = done["losses"], done["step_seconds"]
-        out.tokens, out.counted_tokens, out.seconds = done["tokens"], done["counted_tokens"], done["seconds"]
-        out.resumed_at, out.micro_batch, out.halved = done["step"], done["micro_batch"], done["halved"]
-        return done["step"]
+        out.losses, out.step_seconds, out.seconds = saved["losses"], saved["step_seconds"], saved["seconds"]
+        out.tokens, out.counted_tokens = saved["tokens"], saved["counted_tokens"]
+        out.resumed_at, out.micro_batch, out.halved = saved["step"], saved["micro_batch"], saved["halved"]
+        return saved["step"]
 
     def save(self, step: int) -> None:
-        """Write a checkpoint where one is due."""
+        """Write a checkpoint if this step is a multiple of `save_every` and not the last."""
         if not self.save_to or step % self.save_every or step >= self.config.steps:
             return
         out = self.out
         progress = {
-            "step": step,
-            "losses": out.losses,
-            "step_seconds": out.step_seconds,
-            "tokens": out.tokens,
-            "seconds": out.seconds,
-        }
-        progress |= {
-            "counted_tokens": out.counted_tokens,
-            "micro_batch": out.micro_batch,
+            "step": step, "losses": out.losses, "step_seconds": out.step_seconds, "tokens": out.tokens,
+            "seconds": out.seconds, "counted_tokens": out.counted_tokens, "micro_batch": out.micro_batch,
             "halved": out.halved,
-        }
+        }  # fmt: skip
         if self.accelerator.is_main_process:
             checkpoints.save(self.save_to, self.attached, self.optimizer, self.scheduler, progress)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of CUDA, of Python, or of PyTorch's CPU allocator, which raises a plain `RuntimeError`."""
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
         error
     )

@@ -10,60 +10,69 @@ from torch import Tensor, nn
 from peftzoo.training.batches import IGNORE
 
 
-def count(batch: dict[str, Tensor]) -> int:
-    """What the summed loss is divided by: target tokens, or rows for a head."""
+def target_count(batch: dict[str, Tensor]) -> int:
+    """What the summed loss is divided by to give the mean: target tokens, or rows for a head."""
     if "labels" in batch:
         return int((batch["labels"][:, 1:] != IGNORE).sum())
     return len(batch["targets"])
 
 
-def summed(model: nn.Module, batch: dict[str, Tensor], keeps_logits: bool) -> Tensor:
-    """Sum of token losses, or of row losses for a head (a scalar in fp32)."""
+def loss_sum(model: nn.Module, batch: dict[str, Tensor], skip_prompt_logits: bool) -> Tensor:
+    """Sum of token losses, or of row losses for a head (a scalar in fp32).
+
+    `skip_prompt_logits`: compute only the logits from the first target on, for a model that
+    `takes_logits_to_keep`; the loss is the same.
+    """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "labels" in batch:
-        return _language(model, inputs, batch["labels"], keeps_logits)
+        return _language_model_loss(model, inputs, batch["labels"], skip_prompt_logits)
     logits, targets = model(**inputs).logits.float(), batch["targets"]
     if targets.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), targets, reduction="sum")
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
-def _language(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, keeps_logits: bool) -> Tensor:
-    """Cross-entropy of the next token, over logits from the first target on, not over the whole prompt."""
-    if keeps_logits:
-        inputs["logits_to_keep"] = _kept(labels)
+def _language_model_loss(
+    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, skip_prompt_logits: bool
+) -> Tensor:
+    """Summed cross-entropy of the next token."""
+    if skip_prompt_logits:
+        inputs["logits_to_keep"] = _logits_to_keep(labels)
     return _cross_entropy(model(**inputs).logits, labels)
 
 
-def _kept(labels: Tensor) -> int:
-    """How many logits from the end on the labels (B, T) need."""
-    wanted = labels != IGNORE
-    first = int(wanted.any(0).nonzero()[0]) if wanted.any() else labels.shape[1] - 1
+def _logits_to_keep(labels: Tensor) -> int:
+    """How many positions, counted from the end, need logits for these labels (B, T)."""
+    is_target = labels != IGNORE
+    first = int(is_target.any(0).nonzero()[0]) if is_target.any() else labels.shape[1] - 1
     return labels.shape[1] - max(first - 1, 0)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed over the labels that count; logits (B, kept, V) of the last positions."""
+    """Summed over the targets among the labels (B, T); logits (B, K, V) are of the last K positions."""
     targets = labels[:, -logits.shape[1] :][:, 1:]
-    wanted = targets != IGNORE
-    return F.cross_entropy(logits[:, :-1][wanted].float(), targets[wanted], reduction="sum")
+    is_target = targets != IGNORE
+    return F.cross_entropy(logits[:, :-1][is_target].float(), targets[is_target], reduction="sum")
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether this architecture can compute the logits of the last positions alone."""
+    """Whether `forward` has `logits_to_keep`, to compute the logits of the last positions alone."""
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
 def by_slice(model: nn.Module, batch: dict[str, Tensor], counts: list[int]) -> tuple[list[Tensor], list[int]]:
-    """One forward pass of a language model over rows of several runs, `counts` of each in turn: the summed
-    loss of each run, and what it is divided by."""
+    """One forward pass of a language model over a batch with rows of several runs.
+
+    `counts`: the number of rows of each run, in the order of the batch. Returns the summed loss of each run
+    and its number of target tokens.
+    """
     labels = batch["labels"]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if takes_logits_to_keep(model):
-        inputs["logits_to_keep"] = _kept(labels)
+        inputs["logits_to_keep"] = _logits_to_keep(labels)
     logits = model(**inputs).logits
-    sums, numbers = [], []
-    for own, said in zip(logits.split(counts), labels.split(counts), strict=True):
-        sums.append(_cross_entropy(own, said))
-        numbers.append(int((said[:, 1:] != IGNORE).sum()))
-    return sums, numbers
+    sums, target_counts = [], []
+    for run_logits, run_labels in zip(logits.split(counts), labels.split(counts), strict=True):
+        sums.append(_cross_entropy(run_logits, run_labels))
+        target_counts.append(int((run_labels[:, 1:] != IGNORE).sum()))
+    return sums, target_counts

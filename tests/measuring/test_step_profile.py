@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftzoo import UserError
-from peftzoo.measuring.step_profile import Contender, in_turn, page, profile, saved_mib
+from peftzoo.measuring.step_profile import Contender, interleaved_times, page, profile, saved_mib
 
 KEYS = {
     "name", "status", "reason", "trainable_params", "step_ms", "floor_ratio", "saved_mib", "floor_step_ms",
@@ -41,7 +41,7 @@ def test_rows(tiny):
     assert missing["step_ms"] is None
 
 
-def test_without_a_rival(tiny):
+def test_without_peft(tiny):
     (row,) = profile(["lora"], rounds=1, model=lambda: tiny("llama"), batch_size=1, length=4)
     assert row["status"] == "ok" and row["peft_step_ms"] is None
 
@@ -67,7 +67,7 @@ def test_saved_counts_activations_once_and_no_parameters():
 def test_steps_take_turns():
     calls = []
     steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = in_turn(steps, 3, torch.device("cpu"))
+    times = interleaved_times(steps, 3, torch.device("cpu"))
     assert calls == ["a", "b"] * (len(calls) // 2)
     assert [len(t) for t in times.values()] == [3, 3]
 

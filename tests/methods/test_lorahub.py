@@ -21,7 +21,7 @@ from peftzoo.errors import UserError
 from peftzoo.methods.lorahub import HOPELESS, LoraHub
 from peftzoo.training.batches import IGNORE, Example
 from peftzoo.training.config import TrainConfig
-from peftzoo.training.gradient_free import Search
+from peftzoo.training.gradient_free import GradientFreeLoop
 
 ROOT = Path(__file__).resolve().parents[2]
 R, ALPHA = 3, 6.0
@@ -304,7 +304,7 @@ def test_a_run_asks_for_the_mean_loss_of_the_same_rows(tiny, library, micro: int
     handle = hub(tiny("llama"), library)
     config = TrainConfig(steps=7, batch_size=5, micro_batch=micro, precision="fp32")
     told = []
-    run = Search(
+    run = GradientFreeLoop(
         handle, rows(5), config, pad=0, accelerator=Accelerator(cpu=True), on_step=lambda *a: told.append(a)
     )
     out = run.run()

@@ -25,12 +25,15 @@ def embedded():
 
 
 def few(name: str, n: int = 6) -> Rows:
+    """Embedded rows of a task, of the scored ones the first `n`."""
     rows = sources.load(task_files.get(name), "embedded")
     return Rows(rows.train, rows.test.select(range(n)), rows.info, rows.fewshot)
 
 
-def answered(monkeypatch, name: str, answers: list[str], golds: list[str], metric: str) -> evaluation.Scores:
-    """Scores of given answers to made-up rows, through the task's own filters and metrics."""
+def score_answers(
+    monkeypatch, name: str, answers: list[str], golds: list[str], metric: str
+) -> evaluation.Scores:
+    """Scores of these answers to artificial rows, through the task's own filters and metrics."""
     from lm_eval.api.model import LM
 
     class Fixed(LM):
@@ -43,9 +46,9 @@ def answered(monkeypatch, name: str, answers: list[str], golds: list[str], metri
         loglikelihood_rolling = loglikelihood
 
     rows = [{"question": f"row {i} .", "answer": f"so\n#### {g}"} for i, g in enumerate(golds)]
-    made = datasets.Dataset.from_list(rows)
+    dataset = datasets.Dataset.from_list(rows)
     monkeypatch.setattr("peftzoo.scoring.language_model.LanguageModel", lambda *_: Fixed())
-    lm_task = evaluation.harness_task(task_files.get(name), Rows(made, made))
+    lm_task = evaluation.harness_task(task_files.get(name), Rows(dataset, dataset))
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=1)
     return evaluation.score_language(model, tokenizer, lm_task, 8, metric=metric)
@@ -53,7 +56,7 @@ def answered(monkeypatch, name: str, answers: list[str], golds: list[str], metri
 
 # -- extraction of answers ------------------------------------------------------------------------------
 
-# what the model said, the right answer, right by the strict filter, right by the flexible one
+# the model's answer, the reference, right by the strict filter, right by the flexible one
 GSM8K = [
     ("3+4=7\n#### 7", "7", True, True),
     ("#### 1,234", "1234", True, True),
@@ -77,35 +80,35 @@ GSM8K = [
 ]
 
 
-@pytest.mark.parametrize(("said", "gold", "strict", "flexible"), GSM8K)
-def test_answers_are_found_as_the_task_file_says(monkeypatch, said, gold, strict, flexible) -> None:
-    found = answered(monkeypatch, "gsm8k", [said], [gold], "exact_match,strict").metrics
-    assert found == {"exact_match,strict": float(strict), "exact_match,flexible": float(flexible)}
+@pytest.mark.parametrize(("answer", "gold", "strict", "flexible"), GSM8K)
+def test_answers_are_extracted_as_the_task_file_says(monkeypatch, answer, gold, strict, flexible) -> None:
+    scores = score_answers(monkeypatch, "gsm8k", [answer], [gold], "exact_match,strict").metrics
+    assert scores == {"exact_match,strict": float(strict), "exact_match,flexible": float(flexible)}
 
 
 def test_scores_shares_and_errors_over_rows(monkeypatch) -> None:
     answers = ["#### 1", "2", "#### 9", "nothing", "#### 5"]
     golds = ["1", "2", "3", "4", "5"]
-    found = answered(monkeypatch, "gsm8k", answers, golds, "exact_match,strict")
-    assert found.metrics == {
+    scores = score_answers(monkeypatch, "gsm8k", answers, golds, "exact_match,strict")
+    assert scores.metrics == {
         "exact_match,strict": pytest.approx(0.4),
         "exact_match,flexible": pytest.approx(0.6),
     }
-    assert found.stderr["exact_match,strict"] == pytest.approx((0.4 * 0.6 / 4) ** 0.5)
-    assert found.rows == 5 and found.unparsed == pytest.approx(2 / 5)
-    flexible = answered(monkeypatch, "gsm8k", answers, golds, "exact_match,flexible")
+    assert scores.stderr["exact_match,strict"] == pytest.approx((0.4 * 0.6 / 4) ** 0.5)
+    assert scores.rows == 5 and scores.unparsed == pytest.approx(2 / 5)
+    flexible = score_answers(monkeypatch, "gsm8k", answers, golds, "exact_match,flexible")
     assert flexible.unparsed == pytest.approx(1 / 5)
 
 
 def test_there_is_one_outcome_per_row_and_filter(monkeypatch) -> None:
-    found = answered(monkeypatch, "gsm8k", ["#### 1", "2"], ["1", "2"], "exact_match,strict")
-    assert sorted((o["filter"], o["row"], o["exact_match"]) for o in found.outcomes) == [
+    scores = score_answers(monkeypatch, "gsm8k", ["#### 1", "2"], ["1", "2"], "exact_match,strict")
+    assert sorted((o["filter"], o["row"], o["exact_match"]) for o in scores.outcomes) == [
         ("flexible", 0, 1.0),
         ("flexible", 1, 1.0),
         ("strict", 0, 1.0),
         ("strict", 1, 0.0),
     ]
-    assert {o["answer"][0] for o in found.outcomes if o["filter"] == "strict"} == {"1", evaluation.INVALID}
+    assert {o["answer"][0] for o in scores.outcomes if o["filter"] == "strict"} == {"1", evaluation.INVALID}
 
 
 GENERATED = [
@@ -117,7 +120,7 @@ GENERATED = [
 
 @pytest.mark.parametrize("task", GENERATED, ids=lambda t: t.name)
 def test_the_right_answer_scores_one(monkeypatch, task: task_files.Task) -> None:
-    """A model that says what it is trained to say is always right."""
+    """A model that gives the answers that it is trained on is always right."""
     from lm_eval.api.model import LM
 
     rows = few(task.name, 12)
@@ -133,8 +136,8 @@ def test_the_right_answer_scores_one(monkeypatch, task: task_files.Task) -> None
     monkeypatch.setattr("peftzoo.scoring.language_model.LanguageModel", lambda *_: Fixed())
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=1))
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=1)
-    found = evaluation.score_language(model, tokenizer, lm_task, 8, metric=task.extra.metric)
-    assert set(found.metrics.values()) == {1.0} and found.unparsed == 0
+    scores = evaluation.score_language(model, tokenizer, lm_task, 8, metric=task.extra.metric)
+    assert set(scores.metrics.values()) == {1.0} and scores.unparsed == 0
 
 
 # -- decoding -------------------------------------------------------------------------------------------
@@ -150,8 +153,8 @@ def test_decoding_is_greedy_whatever_the_model_says(embedded, monkeypatch) -> No
     )
     monkeypatch.setattr(embedded.model, "generation_config", wild)
     torch.manual_seed(1)
-    found = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 3)
-    assert found.outcomes == plain.outcomes and embedded.model.generation_config is wild
+    scores = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 3)
+    assert scores.outcomes == plain.outcomes and embedded.model.generation_config is wild
 
 
 @pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target"])
@@ -164,7 +167,7 @@ def test_a_template_reaches_nothing_of_python(key: str) -> None:
         evaluation.prompt_and_answer(evaluation.harness_task(task, rows), rows.test[0])
 
 
-def test_a_task_file_that_is_silent_about_sampling_is_greedy_too() -> None:
+def test_a_task_file_without_do_sample_is_greedy_too() -> None:
     task = task_files.get("gsm8k")
     bare = task.model_copy(update={"generation_kwargs": {"until": ["\n\n"]}})
     lm_task = evaluation.harness_task(bare, few("gsm8k", 1), max_new_tokens=7)
@@ -176,29 +179,29 @@ def test_a_task_file_that_is_silent_about_sampling_is_greedy_too() -> None:
 def test_batch_size_and_order_of_rows_change_nothing(embedded, name: str) -> None:
     task = task_files.get(name)
     rows = few(name, 5)
-    turned = Rows(rows.train, rows.test.select([3, 0, 4, 2, 1]))
-    found = {}
-    for key, given, size in (("one", rows, 1), ("all", rows, 5), ("turned", turned, 2)):
-        lm_task = evaluation.harness_task(task, given, max_new_tokens=12)
-        found[key] = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, size)
-    assert found["one"].metrics == found["all"].metrics == found["turned"].metrics
+    shuffled = Rows(rows.train, rows.test.select([3, 0, 4, 2, 1]))
+    scores = {}
+    for key, key_rows, size in (("one", rows, 1), ("all", rows, 5), ("shuffled", shuffled, 2)):
+        lm_task = evaluation.harness_task(task, key_rows, max_new_tokens=12)
+        scores[key] = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, size)
+    assert scores["one"].metrics == scores["all"].metrics == scores["shuffled"].metrics
     if name == "gsm8k":
-        assert found["one"].outcomes == found["all"].outcomes
-        by_row = {(o["row"], o["filter"]): o["answer"] for o in found["one"].outcomes}
-        for o in found["turned"].outcomes:
+        assert scores["one"].outcomes == scores["all"].outcomes
+        by_row = {(o["row"], o["filter"]): o["answer"] for o in scores["one"].outcomes}
+        for o in scores["shuffled"].outcomes:
             assert o["answer"] == by_row[[3, 0, 4, 2, 1][o["row"]], o["filter"]]
     else:
-        for a, b in zip(found["one"].outcomes, found["all"].outcomes, strict=True):
+        for a, b in zip(scores["one"].outcomes, scores["all"].outcomes, strict=True):
             assert a["answer"] == pytest.approx(b["answer"], abs=2e-3)
 
 
 def test_choices_are_scored_by_their_likelihood(embedded) -> None:
     rows = few("sst2", 4)
     lm_task = evaluation.harness_task(task_files.get("sst2"), rows)
-    found = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 4)
+    scores = evaluation.score_language(embedded.model, embedded.tokenizer, lm_task, 4)
     hits = 0
-    for i, outcome in enumerate(found.outcomes):
-        said = []
+    for i, outcome in enumerate(scores.outcomes):
+        log_likelihoods = []
         for choice in ("negative", "positive"):
             e = batches.language_example(
                 embedded.tokenizer, lm_task.doc_to_text(rows.test[i]), f" {choice}", 512
@@ -206,15 +209,17 @@ def test_choices_are_scored_by_their_likelihood(embedded) -> None:
             ids, labels = torch.tensor([e.ids[:-1]]), e.labels[:-1]
             with torch.no_grad():
                 logs = embedded.model(input_ids=ids).logits[0].float().log_softmax(-1)
-            said.append(sum(logs[p - 1, t].item() for p, t in enumerate(labels) if t != batches.IGNORE))
-        assert outcome["answer"] == pytest.approx(said, abs=2e-3)
-        hits += (said[1] > said[0]) == rows.test[i]["label"]
-    assert found.metrics["acc"] == hits / 4 and found.unparsed is None and found.rows == 4
-    assert set(found.stderr) >= {"acc"}
+            log_likelihoods.append(
+                sum(logs[p - 1, t].item() for p, t in enumerate(labels) if t != batches.IGNORE)
+            )
+        assert outcome["answer"] == pytest.approx(log_likelihoods, abs=2e-3)
+        hits += (log_likelihoods[1] > log_likelihoods[0]) == rows.test[i]["label"]
+    assert scores.metrics["acc"] == hits / 4 and scores.unparsed is None and scores.rows == 4
+    assert set(scores.stderr) >= {"acc"}
 
 
 def test_half_precision_reaches_the_model(embedded, monkeypatch) -> None:
-    """lm-eval switches autocast off around each call unless it is told the type."""
+    """lm-eval switches autocast off around each call unless it is given the dtype."""
     seen = []
     lm_task = evaluation.harness_task(task_files.get("sst2"), few("sst2", 1))
     hook = embedded.model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
@@ -275,12 +280,12 @@ def test_a_head_is_scored_row_by_row(kind: str, names: list[str], size: int) -> 
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([e.ids])).logits[0]
         expected.append(float(logits.argmax() if kind == "classification" else logits[0]))
-    found = evaluation.score_head(model, rows, names, kind, evaluation.TargetScale(), 0, size)
-    assert [o["row"] for o in found.outcomes] == list(range(17))
-    assert [o["answer"] for o in found.outcomes] == pytest.approx(expected, abs=1e-5)
+    scores = evaluation.score_head(model, rows, names, kind, evaluation.TargetScale(), 0, size)
+    assert [o["row"] for o in scores.outcomes] == list(range(17))
+    assert [o["answer"] for o in scores.outcomes] == pytest.approx(expected, abs=1e-5)
     truth = metrics.compute(names, expected, [float(e.target) for e in rows])
-    assert found.metrics == {k: pytest.approx(v, abs=1e-4) for k, v in truth.items()}
-    assert found.rows == 17 and found.unparsed is None and set(found.stderr) == set(names)
+    assert scores.metrics == {k: pytest.approx(v, abs=1e-4) for k, v in truth.items()}
+    assert scores.rows == 17 and scores.unparsed is None and set(scores.stderr) == set(names)
 
 
 def test_a_scale_gives_answers_in_the_tasks_own_units() -> None:
@@ -301,11 +306,11 @@ def test_the_embedded_model_takes_a_head() -> None:
         for r in few("stsb", 6).test
     ]
     pad = loaded.tokenizer.pad_token_id
-    whole = evaluation.score_head(
+    batched = evaluation.score_head(
         loaded.model, rows, ["pearson"], "regression", evaluation.TargetScale(), pad, 6
     )
     single = evaluation.score_head(
         loaded.model, rows, ["pearson"], "regression", evaluation.TargetScale(), pad, 1
     )
-    for a, b in zip(whole.outcomes, single.outcomes, strict=True):
+    for a, b in zip(batched.outcomes, single.outcomes, strict=True):
         assert a["answer"] == pytest.approx(b["answer"], abs=1e-4), "padding changes an answer"

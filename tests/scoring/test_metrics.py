@@ -36,9 +36,9 @@ def test_accuracy_is_scikit_learns(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_correlations_are_scipys(seed: int) -> None:
     for p, r in (numbers(seed), labels(seed)):  # labels: many ties
-        found = metrics.compute(["pearson", "spearman"], p, r)
-        assert found["pearson"] == pytest.approx(stats.pearsonr(p, r)[0])
-        assert found["spearman"] == pytest.approx(stats.spearmanr(p, r)[0])
+        values = metrics.compute(["pearson", "spearman"], p, r)
+        assert values["pearson"] == pytest.approx(stats.pearsonr(p, r)[0])
+        assert values["spearman"] == pytest.approx(stats.spearmanr(p, r)[0])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -100,7 +100,7 @@ def agreeing(seed: int, n: int, share: float) -> tuple[list[float], list[float]]
     return (references ^ (rng.random(n) > share)).astype(float).tolist(), references.astype(float).tolist()
 
 
-THEIRS = {
+REFERENCES = {
     "pearson": lambda p, r: stats.pearsonr(p, r)[0],
     "spearman": lambda p, r: stats.spearmanr(p, r)[0],
     "f1": lambda p, r: f1_score(r, p),
@@ -108,13 +108,13 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("noise", [0.3, 2.0])
 def test_the_error_is_that_of_a_large_bootstrap(name: str, noise: float) -> None:
     p, r = agreeing(1, 200, 1 - noise / 5) if name in ("f1", "mcc") else numbers(1, 200, noise)
     rng = np.random.default_rng(5)
     draws = [rng.integers(0, 200, 200) for _ in range(1000)]
-    large = np.std([THEIRS[name](np.array(p)[d], np.array(r)[d]) for d in draws], ddof=1)
+    large = np.std([REFERENCES[name](np.array(p)[d], np.array(r)[d]) for d in draws], ddof=1)
     assert metrics.standard_error(name, p, r) == pytest.approx(large, rel=0.2)
 
 
@@ -126,8 +126,8 @@ def test_errors_are_the_same_every_time_and_leave_no_trace() -> None:
 
 
 def test_the_error_shrinks_with_the_root_of_the_rows() -> None:
-    few, many = (metrics.standard_error("pearson", *numbers(3, n, 1.0)) for n in (100, 1600))
-    assert 2.5 < few / many < 6
+    small, large = (metrics.standard_error("pearson", *numbers(3, n, 1.0)) for n in (100, 1600))
+    assert 2.5 < small / large < 6
 
 
 def test_unknown_metrics_and_no_rows_are_the_users_errors() -> None:

@@ -19,13 +19,13 @@ REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 def mirror(folder: Path, name: str, rows: dict[str, list[dict]] | None = None) -> Path:
     """A small mirror of a task in the documented layout: <id with __>/<config or default>/<split>.jsonl."""
     task = task_files.get(name)
-    made = sources.load(task, "embedded")
-    given = {task.eval_split: made.test.to_list()[:4]}
-    given |= {task.training_split: made.train.to_list()[:6]} if made.train else {}
+    embedded = sources.load(task, "embedded")
+    splits = {task.eval_split: embedded.test.to_list()[:4]}
+    splits |= {task.training_split: embedded.train.to_list()[:6]} if embedded.train else {}
     path, config = task.extra.mirror or (task.dataset_path, task.dataset_name)
     place = folder / path.replace("/", "__") / (config or "default")
     place.mkdir(parents=True)
-    for split, lines in (given | (rows or {})).items():
+    for split, lines in (splits | (rows or {})).items():
         (place / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     return folder
 
@@ -42,9 +42,9 @@ def test_embedded_rows_are_always_the_same(name: str) -> None:
     assert one.info == two.info and [*(one.train or ())] == [*(two.train or ())]
     files = one.info["files"]
     task = task_files.get(name)
-    shown = {task.fewshot_split: len(one.fewshot)} if one.fewshot else {}
+    fewshot = {task.fewshot_split: len(one.fewshot)} if one.fewshot else {}
     trained = {task.training_split: len(one.train)} if one.train else {}
-    assert {s: f["rows"] for s, f in files.items()} == trained | {task.eval_split: len(one.test)} | shown
+    assert {s: f["rows"] for s, f in files.items()} == trained | {task.eval_split: len(one.test)} | fewshot
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -77,18 +77,18 @@ def test_the_real_mirror_has_the_columns_of_the_embedded_rows(name: str) -> None
     path, _ = task.extra.mirror or (task.dataset_path, "")
     if not (REAL / path.replace("/", "__")).is_dir():
         pytest.skip(f"the mirror lacks {task.dataset_path}")
-    made = sources.load(task, "embedded")
+    embedded = sources.load(task, "embedded")
     try:
         real = sources.load(task, "mirror", REAL, trains=False)
     except sources.NoRows as error:
         pytest.skip(str(error))
-    if made.train and real.train:
-        assert set(made.train.column_names) <= set(real.train.column_names)
-    for column, kind in made.test.features.items():
+    if embedded.train and real.train:
+        assert set(embedded.train.column_names) <= set(real.train.column_names)
+    for column, kind in embedded.test.features.items():
         assert real.test.features[column] == kind, column
     if task.extra.overlap == "refuse":
         seen = overlap.texts(task, real.train) if real.train else []
-        assert not overlap.shared(overlap.texts(task, real.test), [seen])
+        assert not overlap.overlapping_indices(overlap.texts(task, real.test), [seen])
 
 
 def test_the_hub_gives_the_same_rows(tmp_path, monkeypatch) -> None:
@@ -97,19 +97,19 @@ def test_the_hub_gives_the_same_rows(tmp_path, monkeypatch) -> None:
     from peftzoo.models import hub
 
     task = task_files.get("sst2")
-    made = sources.load(task, "embedded")
-    asked = []
+    embedded = sources.load(task, "embedded")
+    calls = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        return datasets.DatasetDict({"train": made.train, "validation": made.test})
+        calls.append((args, kwargs))
+        return datasets.DatasetDict({"train": embedded.train, "validation": embedded.test})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "answers", lambda *_: True)
-    found = sources.load(task, "hub")
-    assert asked == [(("nyu-mll/glue", "sst2"), {})]
-    assert found.train.features == made.train.features and found.info["source"] == "hub"
-    assert found.info["files"] == made.info["files"], "the digest of the same rows differs"
+    from_hub = sources.load(task, "hub")
+    assert calls == [(("nyu-mll/glue", "sst2"), {})]
+    assert from_hub.train.features == embedded.train.features and from_hub.info["source"] == "hub"
+    assert from_hub.info["files"] == embedded.info["files"], "the digest of the same rows differs"
 
 
 def test_a_split_that_the_hub_lacks(monkeypatch) -> None:
@@ -117,9 +117,9 @@ def test_a_split_that_the_hub_lacks(monkeypatch) -> None:
 
     from peftzoo.models import hub
 
-    made = sources.load(task_files.get("sst2"), "embedded")
+    embedded = sources.load(task_files.get("sst2"), "embedded")
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": made.train})
+        datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": embedded.train})
     )
     monkeypatch.setattr(hub, "answers", lambda *_: True)
     with pytest.raises(UserError, match='no split "validation": train'):
@@ -132,9 +132,9 @@ def test_a_split_that_the_hub_lacks(monkeypatch) -> None:
 def test_a_missing_split_lists_what_is_there(sst2) -> None:
     folder, place = sst2
     (place / "validation.jsonl").rename(place / "dev.jsonl")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         sources.load(task_files.get("sst2"), "mirror", folder)
-    text = str(told.value)
+    text = str(error.value)
     assert "nyu-mll__glue/sst2/validation.jsonl" in text and "dev, train" in text
     assert "--source hub" in text and "--model embedded" in text and str(folder) not in text
 
@@ -145,7 +145,7 @@ def test_an_empty_mirror_says_so(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (b'{"sentence": "a", "label": 1, "idx": 0}\n{"sentence": "b', r"validation\.jsonl, line 2"),
         (b'{"sentence": "caf\xe9", "label": 1}\n', r"validation\.jsonl, line 1"),
@@ -156,10 +156,10 @@ def test_an_empty_mirror_says_so(tmp_path) -> None:
         (b"[" * 100_000, r"line 1: not JSON"),
     ],
 )
-def test_a_broken_file_is_named_with_the_line(sst2, text: bytes, told: str) -> None:
+def test_a_broken_file_is_named_with_the_line(sst2, text: bytes, message: str) -> None:
     folder, place = sst2
     (place / "validation.jsonl").write_bytes(text)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         sources.load(task_files.get("sst2"), "mirror", folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
@@ -244,10 +244,10 @@ def test_without_the_hub_there_is_one_clear_error(monkeypatch, how: str) -> None
         monkeypatch.setattr(hub, "HUB_SECONDS", 0.5)
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", late)
     began = time.perf_counter()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         sources.load(task_files.get("gsm8k"), "hub")
     assert time.perf_counter() - began < 8
-    text = str(told.value)
+    text = str(error.value)
     assert all(way in text for way in ("--data FOLDER", "reaches the Hub", "--source embedded"))
     assert "gsm8k" in text and "\n" not in text
 

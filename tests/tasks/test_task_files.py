@@ -1,4 +1,4 @@
-"""Task files: what peftzoo reads, what lm-evaluation-harness reads, and how mistakes are told."""
+"""Task files: what peftzoo reads, what lm-evaluation-harness reads, and how mistakes are reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftzoo.scoring.metrics import METRICS
 from peftzoo.tasks import _includes, run_data, sources, task_files
 
 TASKS = task_files.tasks()
-MADE = [t for t in TASKS if task_files.get(t).extra.embedded]
+EMBEDDED = [t for t in TASKS if task_files.get(t).extra.embedded]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_lm_eval_finds_every_task(manager) -> None:
     assert set(task_files.groups()) == set(manager.all_groups)
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_lm_eval_loads_every_task_and_makes_the_same_prompts(manager, name: str) -> None:
     """From the file itself, by lm-eval's own loader, on rows of ours (no network)."""
     from lm_eval.api.task import ConfigurableTask
@@ -71,13 +71,13 @@ def test_the_list_of_lm_evals_keys_is_current() -> None:
     from lm_eval.config.task import TaskConfig
 
     fields = {f.name for f in dataclasses.fields(TaskConfig)}
-    ours = set(task_files.HARNESS.split())
+    ours = set(task_files.LM_EVAL_KEYS.split())
     assert ours <= fields, f"lm-eval no longer knows {ours - fields}"
     code_only = {"custom_dataset", "process_docs", "process_results", "doc_to_image", "doc_to_audio"}
     assert fields - ours == code_only, "lm-eval has a new key: allow it or add it here"
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_generators_live_beside_the_task_files(name: str) -> None:
     spec = task_files.get(name).extra.embedded
     assert spec.rows.startswith("peftzoo.benchmarks.")
@@ -126,9 +126,9 @@ MISSPELT = [
 @pytest.mark.parametrize(("place", "meant"), MISSPELT)
 def test_a_misspelt_key_is_named_with_the_right_one(tmp_path, good, place: str, meant: str) -> None:
     change(good, place, 1)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         task_files.get(str(write(tmp_path, good)))
-    text = str(told.value)
+    text = str(error.value)
     assert "mine.yaml" in text and f'unknown key "{place}"' in text and f'did you mean "{meant}"?' in text
     assert "\n" not in text and str(tmp_path) not in text
 
@@ -164,16 +164,16 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("place", "value", "told"), WRONG)
-def test_a_wrong_value_is_named_with_its_key(tmp_path, good, place: str, value, told: str) -> None:
+@pytest.mark.parametrize(("place", "value", "message"), WRONG)
+def test_a_wrong_value_is_named_with_its_key(tmp_path, good, place: str, value, message: str) -> None:
     change(good, place, value)
     with pytest.raises(UserError) as error:
         task_files.get(str(write(tmp_path, good)))
-    assert "mine.yaml" in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+    assert "mine.yaml" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "message"),
     [
         ("metadata", "metadata"),
         ("metadata.version", "metadata.version is missing"),
@@ -184,7 +184,7 @@ def test_a_wrong_value_is_named_with_its_key(tmp_path, good, place: str, value, 
         ("output_type", "output_type"),
     ],
 )
-def test_what_is_missing_is_named(tmp_path, good, place: str, told: str) -> None:
+def test_what_is_missing_is_named(tmp_path, good, place: str, message: str) -> None:
     *way, last = place.split(".")
     raw = good
     for key in way:
@@ -192,7 +192,7 @@ def test_what_is_missing_is_named(tmp_path, good, place: str, told: str) -> None
     del raw[last]
     with pytest.raises(UserError) as error:
         task_files.get(str(write(tmp_path, good)))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 TEXTS = {
@@ -279,11 +279,11 @@ def test_a_file_lies_on_top_of_those_it_includes(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("include", "told"),
+    ("include", "message"),
     [("nowhere.yaml", "include nowhere.yaml, cannot be read"), ("mine.yaml", "mine.yaml includes itself")],
 )
-def test_an_include_that_leads_nowhere(tmp_path, include: str, told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_an_include_that_leads_nowhere(tmp_path, include: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         task_files.get(str(write(tmp_path, f"include: {include}\ntask: x\n")))
     assert str(error.value).startswith('task file "mine.yaml"') and str(tmp_path) not in str(error.value)
 
@@ -296,12 +296,12 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize(("cut", "told"), CUTS)
-def test_a_cut_that_does_not_fit(tmp_path, good, cut: dict, told: str) -> None:
+@pytest.mark.parametrize(("cut", "message"), CUTS)
+def test_a_cut_that_does_not_fit(tmp_path, good, cut: dict, message: str) -> None:
     good["metadata"]["peftzoo"]["cut"] = cut
     with pytest.raises(UserError) as error:
         task_files.get(str(write(tmp_path, good)))
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_examples_in_the_prompt_need_a_split(tmp_path, good) -> None:

@@ -11,7 +11,7 @@ from peftzoo import models
 from peftzoo.scoring import evaluation
 from peftzoo.tasks import sources, task_files
 from peftzoo.training import batches
-from peftzoo.training.batches import IGNORE, WINDOW, Example
+from peftzoo.training.batches import IGNORE, SORTING_WINDOW, Example
 
 GOLDEN = [[0, 0, 4, 4], [3, 3, 5, 5], [1, 1, 2, 2]]
 PROMPT, ANSWER = "Question: Tom has 3 apples and buys 4 more. How many?\nAnswer:", " 3+4=7\n#### 7"
@@ -42,20 +42,20 @@ def test_the_plan_depends_on_the_seed_alone() -> None:
     ("rows", "steps", "size"), [(90, 45, 8), (5, 7, 3), (1, 4, 4), (64, 8, 8), (10, 1, 16)]
 )
 def test_the_plan_covers_the_rows_evenly(rows: int, steps: int, size: int) -> None:
-    found = batches.plan(list(range(rows)), steps, size, seed=0)
-    assert len(found) == steps and all(len(b) == size for b in found)
-    seen = Counter(i for b in found for i in b)
-    counts = [seen[i] for i in range(rows)]
+    plan = batches.plan(list(range(rows)), steps, size, seed=0)
+    assert len(plan) == steps and all(len(b) == size for b in plan)
+    uses = Counter(i for b in plan for i in b)
+    counts = [uses[i] for i in range(rows)]
     assert max(counts) - min(counts) <= 1, "an epoch repeats or misses rows"
 
 
 def test_batches_of_one_window_hold_rows_of_like_length() -> None:
     g = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 200, (WINDOW * 8,), generator=g).tolist()
-    found = batches.plan(lengths, WINDOW, 8, seed=0)
-    padded = sum(max(lengths[i] for i in b) * len(b) for b in found) / sum(lengths)
+    lengths = torch.randint(1, 200, (SORTING_WINDOW * 8,), generator=g).tolist()
+    plan = batches.plan(lengths, SORTING_WINDOW, 8, seed=0)
+    padded = sum(max(lengths[i] for i in b) * len(b) for b in plan) / sum(lengths)
     assert padded < 1.1, "rows are not sorted within a window"
-    means = [sum(lengths[i] for i in b) for b in found]
+    means = [sum(lengths[i] for i in b) for b in plan]
     assert means != sorted(means) and means != sorted(means, reverse=True), (
         "the batches come sorted by length"
     )
@@ -70,21 +70,21 @@ def test_only_the_answer_is_learned(tokenizer) -> None:
     assert all(t == IGNORE for t in e.labels[:split]) and e.labels[split:] == e.ids[split:]
 
 
-def test_the_prompt_is_learned_when_asked(tokenizer) -> None:
+def test_train_on_prompt_labels_the_prompt_too(tokenizer) -> None:
     e = batches.language_example(tokenizer, PROMPT, ANSWER, 256, train_on_prompt=True)
     assert e.labels == e.ids
 
 
 @pytest.mark.parametrize("limit", [8, 16, 24, 30])
 def test_a_long_row_loses_the_beginning_of_its_prompt(tokenizer, limit: int) -> None:
-    whole = batches.language_example(tokenizer, PROMPT, ANSWER, 10_000)
-    answer = sum(t != IGNORE for t in whole.labels)
+    uncut = batches.language_example(tokenizer, PROMPT, ANSWER, 10_000)
+    answer = sum(t != IGNORE for t in uncut.labels)
     cut = batches.language_example(tokenizer, PROMPT, ANSWER, limit)
-    assert len(cut.ids) == min(limit, len(whole.ids)) == len(cut.labels)
+    assert len(cut.ids) == min(limit, len(uncut.ids)) == len(cut.labels)
     if answer <= limit:
-        assert cut.ids == whole.ids[-limit:] and sum(t != IGNORE for t in cut.labels) == answer
+        assert cut.ids == uncut.ids[-limit:] and sum(t != IGNORE for t in cut.labels) == answer
     else:
-        assert cut.ids == whole.ids[-answer:][:limit]
+        assert cut.ids == uncut.ids[-answer:][:limit]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "sst2"])
@@ -133,17 +133,17 @@ def test_targets_keep_their_kind() -> None:
 
 def test_scoring_batches_hold_every_row_once_longest_first() -> None:
     examples = [Example([1] * n) for n in (3, 9, 1, 5, 5, 2, 7)]
-    found = list(batches.by_length(examples, 3))
-    assert sorted(i for b in found for i in b) == list(range(7))
-    assert len(examples[found[0][0]].ids) == 9 and [len(b) for b in found] == [3, 3, 1]
+    groups = list(batches.by_length(examples, 3))
+    assert sorted(i for b in groups for i in b) == list(range(7))
+    assert len(examples[groups[0][0]].ids) == 9 and [len(b) for b in groups] == [3, 3, 1]
 
 
-def test_examples_are_made_once_and_only_when_asked() -> None:
-    made = []
-    lazy = batches.LazyExamples(["a", "b", "c"], lambda row: made.append(row) or Example([1]))
-    assert len(lazy) == 3 and made == []
-    assert lazy[1] is lazy[1] and made == ["b"]
-    assert len([*lazy]) == 3 and made == ["b", "a", "c"]
+def test_examples_are_made_once_and_only_when_read() -> None:
+    calls = []
+    lazy = batches.LazyExamples(["a", "b", "c"], lambda row: calls.append(row) or Example([1]))
+    assert len(lazy) == 3 and calls == []
+    assert lazy[1] is lazy[1] and calls == ["b"]
+    assert len([*lazy]) == 3 and calls == ["b", "a", "c"]
 
 
 def test_pairs_of_sentences_are_cut_to_the_limit(tokenizer) -> None:

@@ -39,32 +39,34 @@ def model(base: nn.Module) -> nn.Module:
 def rows(n: int = 40) -> list[Example]:
     """Rows of different lengths with different numbers of targets."""
     g = torch.Generator().manual_seed(0)
-    found = []
+    examples = []
     for _ in range(n):
         length = int(torch.randint(4, 14, (1,), generator=g))
         ids = torch.randint(3, 50, (length,), generator=g).tolist()
-        hidden = int(torch.randint(1, length - 1, (1,), generator=g))
-        found.append(Example(ids, [IGNORE] * hidden + ids[hidden:]))
-    return found
+        prompt_length = int(torch.randint(1, length - 1, (1,), generator=g))
+        examples.append(Example(ids, [IGNORE] * prompt_length + ids[prompt_length:]))
+    return examples
 
 
 def loop(
-    model: nn.Module, method="lora", how: dict | None = None, options: dict | None = None, **config
+    model: nn.Module, method="lora", loop_options: dict | None = None, options: dict | None = None, **config
 ) -> Loop:
     attached = attach(model, method, seed=0, **(options or {}))
     settings = TrainConfig(**FP32 | {"steps": 6, "batch_size": 8, "lr": 1e-2} | config)
-    return Loop(attached, rows(), settings, pad=0, accelerator=Accelerator(cpu=True), **(how or {}))
+    return Loop(attached, rows(), settings, pad=0, accelerator=Accelerator(cpu=True), **(loop_options or {}))
 
 
-def state(found: Loop) -> dict[str, torch.Tensor]:
-    own = {k: t.clone() for k, t in found.attached.state_dict().items()}
-    return own | {f"buffer.{n}": b.clone() for n, b in found.attached.adapter.named_buffers()}
+def state(trainer: Loop) -> dict[str, torch.Tensor]:
+    own = {k: t.clone() for k, t in trainer.attached.state_dict().items()}
+    return own | {f"buffer.{n}": b.clone() for n, b in trainer.attached.adapter.named_buffers()}
 
 
-def assert_same(one: dict, two: dict, **close) -> None:
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], msg=lambda m, n=name: f"{n}: {m}", **close)
+def assert_same(actual: dict, expected: dict, **tolerance) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(
+            actual[name], expected[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance
+        )
 
 
 # -- accumulation ---------------------------------------------------------------------------------------
@@ -72,30 +74,30 @@ def assert_same(one: dict, two: dict, **close) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "unilora"])
 @pytest.mark.parametrize("micro", [1, 3, 8, 100])
-def test_micro_batches_train_as_the_whole_batch_does(base, method: str, micro: int) -> None:
-    found = [loop(copy.deepcopy(base), method, micro_batch=m) for m in (None, micro)]
-    losses = [f.run().losses for f in found]
+def test_micro_batches_train_as_the_full_batch_does(base, method: str, micro: int) -> None:
+    trainers = [loop(copy.deepcopy(base), method, micro_batch=m) for m in (None, micro)]
+    losses = [t.run().losses for t in trainers]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
-    assert_same(state(found[0]), state(found[1]), rtol=1e-3, atol=1e-5)
+    assert_same(state(trainers[0]), state(trainers[1]), rtol=1e-3, atol=1e-5)
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_targets(model) -> None:
-    found = loop(model, steps=1, batch_size=4, micro_batch=2)
-    chosen = [found.examples[i] for i in found.batches[0]]
+    trainer = loop(model, steps=1, batch_size=4, micro_batch=2)
+    examples = [trainer.examples[i] for i in trainer.batches[0]]
     total = count = 0
-    for e in chosen:
+    for e in examples:
         logits = model(input_ids=torch.tensor([e.ids])).logits[0].float()
-        for place in range(1, len(e.ids)):
-            if e.labels[place] != IGNORE:
-                total += -logits[place - 1].log_softmax(-1)[e.ids[place]].item()
+        for t in range(1, len(e.ids)):
+            if e.labels[t] != IGNORE:
+                total += -logits[t - 1].log_softmax(-1)[e.ids[t]].item()
                 count += 1
-    assert found.run().losses[0] == pytest.approx(total / count, rel=1e-5)
+    assert trainer.run().losses[0] == pytest.approx(total / count, rel=1e-5)
 
 
-class Watched(Adapter):
-    """Trains one vector at every q and v; writes down what the engine calls."""
+class Recording(Adapter):
+    """Trains one vector at every q and v; records the hooks that the engine calls."""
 
-    name = "watched"
+    name = "recording"
     calls: list
 
     class Config(Config):
@@ -129,9 +131,9 @@ class Watched(Adapter):
 
 
 def test_hooks_come_in_the_promised_order(model) -> None:
-    found = loop(model, Watched, steps=3, micro_batch=4, warmup=0.0)
-    found.run()
-    calls = found.attached.adapter.calls
+    trainer = loop(model, Recording, steps=3, micro_batch=4, warmup=0.0)
+    trainer.run()
+    calls = trainer.attached.adapter.calls
     names = [c if isinstance(c, str) else c[0] for c in calls]
     assert names == ["penalty", "after_backward", "after_step"] * 3
     assert [c[1:3] for c in calls if c[0] == "after_step"] == [(1, 3), (2, 3), (3, 3)]
@@ -141,8 +143,8 @@ def test_hooks_come_in_the_promised_order(model) -> None:
     assert torch.equal(calls[4][3], after), "the weights changed between two steps"
 
 
-def test_after_backward_sees_whole_gradients_and_what_it_writes_is_clipped(model) -> None:
-    class Loud(Watched):
+def test_after_backward_gets_accumulated_gradients_and_what_it_writes_is_clipped(model) -> None:
+    class Loud(Recording):
         def after_backward(self, step, total):
             for p in self.parts.values():
                 p.b.grad.fill_(1e6)
@@ -150,13 +152,13 @@ def test_after_backward_sees_whole_gradients_and_what_it_writes_is_clipped(model
         def optimizer(self, params, lr):
             return torch.optim.SGD(params, lr=1.0)
 
-    found = loop(model, Loud, steps=1, clip=0.5, schedule="constant_with_warmup", warmup=0.0)
-    found.run()
-    assert found.attached.adapter.weights().norm().item() == pytest.approx(0.5, rel=1e-4)
+    trainer = loop(model, Loud, steps=1, clip=0.5, schedule="constant_with_warmup", warmup=0.0)
+    trainer.run()
+    assert trainer.attached.adapter.weights().norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_small_gradients_are_not_clipped(model) -> None:
-    class Quiet(Watched):
+    class Quiet(Recording):
         def after_backward(self, step, total):
             for p in self.parts.values():
                 p.b.grad.fill_(1e-4)
@@ -164,9 +166,9 @@ def test_small_gradients_are_not_clipped(model) -> None:
         def optimizer(self, params, lr):
             return torch.optim.SGD(params, lr=1.0)
 
-    found = loop(model, Quiet, steps=1, schedule="constant_with_warmup", warmup=0.0)
-    found.run()
-    weights = found.attached.adapter.weights()
+    trainer = loop(model, Quiet, steps=1, schedule="constant_with_warmup", warmup=0.0)
+    trainer.run()
+    weights = trainer.attached.adapter.weights()
     torch.testing.assert_close(weights, torch.full_like(weights, -1e-4))
 
 
@@ -174,9 +176,11 @@ def test_small_gradients_are_not_clipped(model) -> None:
 def test_the_penalty_joins_once_per_step_whatever_the_accumulation(base, micro: int) -> None:
     grads = []
     for strength in (0.0, 0.25):
-        found = loop(copy.deepcopy(base), Watched, options={"strength": strength}, steps=1, micro_batch=micro)
-        found.run()
-        grads.append(next(c for c in found.attached.adapter.calls if c[0] == "after_backward")[4])
+        trainer = loop(
+            copy.deepcopy(base), Recording, options={"strength": strength}, steps=1, micro_batch=micro
+        )
+        trainer.run()
+        grads.append(next(c for c in trainer.attached.adapter.calls if c[0] == "after_backward")[4])
     extra = grads[1] - grads[0]
     torch.testing.assert_close(extra, torch.full_like(extra, 0.25), rtol=1e-4, atol=1e-5)
 
@@ -191,11 +195,11 @@ def test_the_penalty_joins_once_per_step_whatever_the_accumulation(base, micro: 
     ],
 )
 def test_schedules_run_from_the_first_step_to_the_last(model, schedule, warmup, expected) -> None:
-    found = loop(model, steps=4, lr=1.0, schedule=schedule, warmup=warmup)
+    trainer = loop(model, steps=4, lr=1.0, schedule=schedule, warmup=warmup)
     rates = []
-    found.on_step = lambda *_: rates.append(found.optimizer.param_groups[0]["lr"])
-    first = found.optimizer.param_groups[0]["lr"]
-    found.run()
+    trainer.on_step = lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"])
+    first = trainer.optimizer.param_groups[0]["lr"]
+    trainer.run()
     assert [first, *rates[:-1]] == pytest.approx(expected, abs=1e-5)
     if schedule != "constant_with_warmup":
         assert rates[-1] == pytest.approx(0, abs=1e-6)
@@ -213,9 +217,9 @@ def test_a_head_has_a_learning_rate_of_its_own(model) -> None:
 
 def test_none_trains_nothing(model) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = loop(model, "none", steps=0)
-    done = found.run()
-    assert done.losses == [] and done.step_seconds == [] and found.params == []
+    trainer = loop(model, "none", steps=0)
+    stats = trainer.run()
+    assert stats.losses == [] and stats.step_seconds == [] and trainer.params == []
     assert_same(before, dict(model.state_dict()), rtol=0, atol=0)
 
 
@@ -226,26 +230,26 @@ def test_the_base_stays_as_it_was(model) -> None:
 
 
 def test_what_a_run_measures(model) -> None:
-    found = loop(model, steps=5, micro_batch=2)
-    done = found.run()
-    seen = [found.examples[i] for b in found.batches for i in b]
-    assert len(done.losses) == 5 and len(done.step_seconds) == 2, "the first three steps are warm-up"
-    assert done.tokens == sum(len(e.ids) for e in seen)
-    counted = [found.examples[i] for b in found.batches[3:] for i in b]
-    assert done.counted_tokens == sum(len(e.ids) for e in counted)
-    assert done.seconds > sum(done.step_seconds)
-    trained = sum(p.numel() for p in found.params) * 4
-    assert done.memory["gradients"] == trained
-    assert 2 * trained <= done.memory["optimizer"] < 2 * trained + 1000
-    assert done.memory["saved_for_backward"] > 0 and done.memory["weights"] > trained
-    assert done.micro_batch == 2 and done.halved == 0
+    trainer = loop(model, steps=5, micro_batch=2)
+    stats = trainer.run()
+    seen = [trainer.examples[i] for b in trainer.batches for i in b]
+    assert len(stats.losses) == 5 and len(stats.step_seconds) == 2, "the first three steps are warm-up"
+    assert stats.tokens == sum(len(e.ids) for e in seen)
+    counted = [trainer.examples[i] for b in trainer.batches[3:] for i in b]
+    assert stats.counted_tokens == sum(len(e.ids) for e in counted)
+    assert stats.seconds > sum(stats.step_seconds)
+    trained = sum(p.numel() for p in trainer.params) * 4
+    assert stats.memory["gradients"] == trained
+    assert 2 * trained <= stats.memory["optimizer"] < 2 * trained + 1000
+    assert stats.memory["saved_for_backward"] > 0 and stats.memory["weights"] > trained
+    assert stats.micro_batch == 2 and stats.halved == 0
 
 
 def test_smaller_micro_batches_keep_less_for_backward(base) -> None:
-    kept = [
+    saved = [
         loop(copy.deepcopy(base), steps=1, micro_batch=m).run().memory["saved_for_backward"] for m in (8, 2)
     ]
-    assert 3 < kept[0] / kept[1] < 4.5
+    assert 3 < saved[0] / saved[1] < 4.5
 
 
 # -- resuming -------------------------------------------------------------------------------------------
@@ -293,23 +297,23 @@ class Editing(Running):
                 p.site.module.weight += p.b[:, None] * 0.1
 
 
-class Stopped(Exception):
-    pass
+class Interrupted(Exception):
+    """Stands for the end of the process."""
 
 
 def test_the_energy_of_a_resumed_run_is_not_known(base, tmp_path, monkeypatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(counters.Energy, "_read", lambda self: float(next(ticks)))
-    how = {"save_to": tmp_path / "state.safetensors", "save_every": 3}
+    checkpointing = {"save_to": tmp_path / "state.safetensors", "save_every": 3}
 
     def stop(step: int, *_) -> None:
         if step == 5:
-            raise Stopped
+            raise Interrupted
 
     assert loop(copy.deepcopy(base), "lora", steps=6).run().energy_joules > 0
-    with pytest.raises(Stopped):
-        loop(copy.deepcopy(base), "lora", {**how, "on_step": stop}, steps=6).run()
-    assert loop(copy.deepcopy(base), "lora", how, steps=6).run().energy_joules is None
+    with pytest.raises(Interrupted):
+        loop(copy.deepcopy(base), "lora", {**checkpointing, "on_step": stop}, steps=6).run()
+    assert loop(copy.deepcopy(base), "lora", checkpointing, steps=6).run().energy_joules is None
 
 
 CASES = [
@@ -329,39 +333,42 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     base, tmp_path, method, options, schedule
 ) -> None:
     settings = {"steps": 9, "micro_batch": 3, "schedule": schedule, "options": options}
-    whole = loop(copy.deepcopy(base), method, **settings)
-    expected = whole.run().losses
+    uninterrupted = loop(copy.deepcopy(base), method, **settings)
+    expected = uninterrupted.run().losses
     file = tmp_path / "state.safetensors"
 
     def stop(step: int, *_) -> None:
         if step == 7:
-            raise Stopped
+            raise Interrupted
 
-    how = {"save_to": file, "save_every": 3}
-    with pytest.raises(Stopped):
-        loop(copy.deepcopy(base), method, {**how, "on_step": stop}, **settings).run()
+    checkpointing = {"save_to": file, "save_every": 3}
+    with pytest.raises(Interrupted):
+        loop(copy.deepcopy(base), method, {**checkpointing, "on_step": stop}, **settings).run()
     torch.rand(100)  # whatever the process drew meanwhile
-    again = loop(copy.deepcopy(base), method, how, **settings)
-    done = again.run()
-    assert done.resumed_at == 6
-    assert done.losses == expected, "not the same losses"
-    assert_same(state(whole), state(again), rtol=0, atol=0)
+    resumed = loop(copy.deepcopy(base), method, checkpointing, **settings)
+    stats = resumed.run()
+    assert stats.resumed_at == 6
+    assert stats.losses == expected, "not the same losses"
+    assert_same(state(uninterrupted), state(resumed), rtol=0, atol=0)
     if method is Editing:
         assert_same(
-            dict(whole.attached.model.state_dict()), dict(again.attached.model.state_dict()), rtol=0, atol=0
+            dict(uninterrupted.attached.model.state_dict()),
+            dict(resumed.attached.model.state_dict()),
+            rtol=0,
+            atol=0,
         )
 
 
 def interrupted(base: nn.Module, file: Path) -> list[float]:
-    """Losses of a whole run; leaves the file of one that stopped after step 4."""
+    """Losses of an uninterrupted run; leaves the checkpoint of one that stopped after step 4."""
 
     def stop(step: int, *_) -> None:
         if step == 4:
-            raise Stopped
+            raise Interrupted
 
     expected = loop(copy.deepcopy(base)).run().losses
-    with pytest.raises(Stopped):
-        loop(copy.deepcopy(base), how={"save_to": file, "save_every": 3, "on_step": stop}).run()
+    with pytest.raises(Interrupted):
+        loop(copy.deepcopy(base), loop_options={"save_to": file, "save_every": 3, "on_step": stop}).run()
     assert file.is_file()
     return expected
 
@@ -376,15 +383,15 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_checkpoint_is_left_aside(base, tmp_path, how: str) -> None:
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_left_aside(base, tmp_path, damage: str) -> None:
     file = tmp_path / "state.safetensors"
     expected = interrupted(base, file)
-    bad = DAMAGE[how](file.read_bytes())
+    bad = DAMAGE[damage](file.read_bytes())
     assert bad != file.read_bytes()
     file.write_bytes(bad)
-    done = loop(copy.deepcopy(base), how={"save_to": file}).run()
-    assert done.resumed_at == 0 and done.losses == expected
+    stats = loop(copy.deepcopy(base), loop_options={"save_to": file}).run()
+    assert stats.resumed_at == 0 and stats.losses == expected
 
 
 def test_a_foreign_checkpoint_changes_nothing(base, tmp_path) -> None:
@@ -408,74 +415,74 @@ def test_the_checkpoint_holds_no_pickle_and_no_leftovers(base, tmp_path) -> None
 
 # -- memory ---------------------------------------------------------------------------------------------
 
-SHORT = {
+OUT_OF_MEMORY = {
     "cuda": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
     "python": lambda: MemoryError(),
 }
 
 
-def limited(model: nn.Module, most: int, error) -> list[int]:
-    """Let the model's forward fail above `most` rows; returns the sizes that were tried."""
-    tried, whole = [], model.forward
+def fail_above(model: nn.Module, limit: int, error) -> list[int]:
+    """Let the model's forward fail above `limit` rows; returns the list of batch sizes, which it fills."""
+    sizes, original = [], model.forward
 
     def forward(*args, **kwargs):
-        tried.append(len(kwargs["input_ids"]))
-        if tried[-1] > most:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > limit:
             raise error()
-        return whole(*args, **kwargs)
+        return original(*args, **kwargs)
 
     model.forward = forward
-    return tried
+    return sizes
 
 
-@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(base, kind: str) -> None:
     expected = loop(copy.deepcopy(base)).run().losses
     small = copy.deepcopy(base)
-    tried = limited(small, 3, SHORT[kind])
-    found = loop(small)
-    done = found.run()
-    assert tried[:3] == [8, 4, 2]
-    assert (done.micro_batch, done.halved) == (2, 2)
-    torch.testing.assert_close(torch.tensor(done.losses), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    sizes = fail_above(small, 3, OUT_OF_MEMORY[kind])
+    trainer = loop(small)
+    stats = trainer.run()
+    assert sizes[:3] == [8, 4, 2]
+    assert (stats.micro_batch, stats.halved) == (2, 2)
+    torch.testing.assert_close(torch.tensor(stats.losses), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_too_little_memory_in_the_middle_of_a_run(base) -> None:
-    """The first steps fit, a later one does not: the step is repeated whole, nothing is applied twice."""
+    """The first steps fit, a later one does not: that step starts again, nothing is applied twice."""
     expected = loop(copy.deepcopy(base))
     losses = expected.run().losses
     small = copy.deepcopy(base)
-    found = loop(small)
-    count, whole = itertools.count(), found.attached.model.forward
+    trainer = loop(small)
+    count, original = itertools.count(), trainer.attached.model.forward
 
     def forward(*args, **kwargs):
         if next(count) >= 4 and len(kwargs["input_ids"]) > 4:
-            raise SHORT["cpu"]()
-        return whole(*args, **kwargs)
+            raise OUT_OF_MEMORY["cpu"]()
+        return original(*args, **kwargs)
 
     small.forward = forward
-    done = found.run()
-    assert (done.micro_batch, done.halved) == (4, 1)
-    torch.testing.assert_close(torch.tensor(done.losses), torch.tensor(losses), rtol=1e-5, atol=1e-5)
-    assert_same(state(expected), state(found), rtol=1e-3, atol=1e-5)
+    stats = trainer.run()
+    assert (stats.micro_batch, stats.halved) == (4, 1)
+    torch.testing.assert_close(torch.tensor(stats.losses), torch.tensor(losses), rtol=1e-5, atol=1e-5)
+    assert_same(state(expected), state(trainer), rtol=1e-3, atol=1e-5)
     small_probe = loop(copy.deepcopy(base), micro_batch=4, steps=1).run().memory["saved_for_backward"]
-    assert done.memory["saved_for_backward"] == pytest.approx(small_probe, rel=0.1), (
+    assert stats.memory["saved_for_backward"] == pytest.approx(small_probe, rel=0.1), (
         "memory of the old micro-batch"
     )
 
 
 def test_one_row_that_does_not_fit_is_an_error(model) -> None:
-    limited(model, 0, SHORT["cuda"])
+    fail_above(model, 0, OUT_OF_MEMORY["cuda"])
     with pytest.raises(torch.cuda.OutOfMemoryError):
         loop(model).run()
 
 
 def test_other_errors_are_not_taken_for_too_little_memory(model) -> None:
-    tried = limited(model, 0, lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    sizes = fail_above(model, 0, lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
         loop(model).run()
-    assert tried == [8]
+    assert sizes == [8]
 
 
 # -- what is not finite ---------------------------------------------------------------------------------
@@ -483,32 +490,32 @@ def test_other_errors_are_not_taken_for_too_little_memory(model) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(model, bad: float) -> None:
-    found = loop(model, steps=5)
-    at = {}
+    trainer = loop(model, steps=5)
+    before = {}
 
     def poison(step: int, *_) -> None:
         if step == 2:
-            at.update(state(found))
+            before.update(state(trainer))
             model.model.embed_tokens.weight.data[:] = bad
 
-    found.on_step = poison
+    trainer.on_step = poison
     with pytest.raises(NonFinite, match=r"loss is (nan|inf) at step 3"):
-        found.run()
-    assert_same(at, state(found), rtol=0, atol=0)
-    assert len(found.out.losses) == 2, "what was measured before is gone"
+        trainer.run()
+    assert_same(before, state(trainer), rtol=0, atol=0)
+    assert len(trainer.out.losses) == 2, "what was measured before is gone"
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(model) -> None:
-    class Steep(Watched):
+    class Steep(Recording):
         def after_backward(self, step, total):
             if step == 2:
                 next(iter(self.parts.values())).b.grad[0] = float("inf")
 
-    found, at = loop(model, Steep, steps=4), {}
-    found.on_step = lambda step, *_: at.update(state(found))
+    trainer, before = loop(model, Steep, steps=4), {}
+    trainer.on_step = lambda step, *_: before.update(state(trainer))
     with pytest.raises(NonFinite, match="gradient norm is inf at step 2"):
-        found.run()
-    assert_same(at, state(found), rtol=0, atol=0)
+        trainer.run()
+    assert_same(before, state(trainer), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
