@@ -1,4 +1,5 @@
-"""Tables of a board as Markdown, CSV and JSON. No text from a record can be more than text in any of them."""
+"""Tables of a board as Markdown, CSV and JSON. Text from a record is escaped in each of them: it cannot add
+markup, cells, rows or spreadsheet formulas."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftzoo.boards.tables import BASELINE, SHARED, digest, whole
+from peftzoo.boards.tables import BASELINE, SHARED, digest, integral
 from peftzoo.records import store
 
 ABOUT = (
@@ -21,80 +22,82 @@ ABOUT = (
 )
 
 
-def title(facts: dict[str, Any]) -> str:
-    head = f"{facts['task']} on {facts['model']} ({facts['source']} data, {facts['protocol']})"
-    return head + (", median over seeds" if facts["average"] == "median" else "")
+def title(shared: dict[str, Any]) -> str:
+    """The heading of a table: task, model, data source and protocol, from the fields its runs share."""
+    text = f"{shared['task']} on {shared['model']} ({shared['source']} data, {shared['protocol']})"
+    return text + (", median over seeds" if shared["average"] == "median" else "")
 
 
-def conditions(facts: dict[str, Any]) -> str:
-    """What else the runs of a table share, in a line."""
-    told = ("task", "model", "source", "protocol", "metric", "average", "device")
-    shown = {k: v for k, v in facts.items() if v is not None and k not in told}
-    return ", ".join(f"{k.replace('_', ' ')} {whole(v)}" for k, v in shown.items())
+def conditions(shared: dict[str, Any]) -> str:
+    """The shared fields that `title`, `device` and the column of the metric do not show, on one line."""
+    shown_elsewhere = ("task", "model", "source", "protocol", "metric", "average", "device")
+    rest = {k: v for k, v in shared.items() if v is not None and k not in shown_elsewhere}
+    return ", ".join(f"{k.replace('_', ' ')} {integral(v)}" for k, v in rest.items())
 
 
-def device(facts: dict[str, Any]) -> str:
-    return f"Device: {facts['device']}. Times and memory compare within this table only."
+def device(shared: dict[str, Any]) -> str:
+    """The device of a table's runs, with the note that times and memory compare only within the table."""
+    return f"Device: {shared['device']}. Times and memory compare within this table only."
 
 
 def markdown(
-    found: list[tuple[dict[str, Any], pd.DataFrame]], baseline: str = BASELINE, more: str = ""
+    tables: list[tuple[dict[str, Any], pd.DataFrame]], baseline: str = BASELINE, preface: str = ""
 ) -> str:
-    """All tables as one Markdown document."""
-    parts = [f"# Board\n\n{ABOUT}", *([more] if more else [])]
-    for facts, table in found:
-        shown = pd.DataFrame({
-            "rank": table["rank"].map(lambda v: _number(v, 0)), "method": table["method"].map(escape),
-            escape(facts["metric"] or "score"): table["score"].map(lambda v: _number(v, 3)),
-            "+-95 %": table["ci95"].map(lambda v: _number(v, 3)),
-            "se": table["stderr"].map(lambda v: _number(v, 3)), "seeds": table["seeds"],
-            "p best": table["p_best"].map(chance), f"p {escape(baseline)}": table["p_base"].map(chance),
-            "unmerged": table["unmerged"].map(lambda v: _number(v, 3)),
+    """All tables as one Markdown document; `preface` is a section before them."""
+    sections = [f"# Board\n\n{ABOUT}", *([preface] if preface else [])]
+    for shared, table in tables:
+        cells = pd.DataFrame({
+            "rank": table["rank"].map(lambda v: _fixed(v, 0)), "method": table["method"].map(escape),
+            escape(shared["metric"] or "score"): table["score"].map(lambda v: _fixed(v, 3)),
+            "+-95 %": table["ci95"].map(lambda v: _fixed(v, 3)),
+            "se": table["stderr"].map(lambda v: _fixed(v, 3)), "seeds": table["seeds"],
+            "p best": table["p_best"].map(p_value), f"p {escape(baseline)}": table["p_base"].map(p_value),
+            "unmerged": table["unmerged"].map(lambda v: _fixed(v, 3)),
             "trained": table["trained"].map(lambda v: "" if pd.isna(v) else f"{int(v):,}"),
-            "step ms": table["step_ms"].map(lambda v: _number(v, 1)),
-            "memory MiB": table["memory_mib"].map(lambda v: _number(v, 0)),
+            "step ms": table["step_ms"].map(lambda v: _fixed(v, 1)),
+            "memory MiB": table["memory_mib"].map(lambda v: _fixed(v, 0)),
             "lr": table["lr"].map(lambda v: "" if pd.isna(v) else f"{v:g}"),
             "options": table["options"].map(escape),
         })  # fmt: skip
-        text = (f"## {escape(title(facts))}", escape(conditions(facts)), escape(device(facts)), grid(shown))
-        parts.append("\n\n".join(text))
-    return "\n\n".join(parts) + "\n"
+        heading, notes = f"## {escape(title(shared))}", [escape(conditions(shared)), escape(device(shared))]
+        sections.append("\n\n".join([heading, *notes, markdown_table(cells)]))
+    return "\n\n".join(sections) + "\n"
 
 
-def grid(shown: pd.DataFrame) -> str:
-    """A Markdown table of cells that are text already."""
-    rows = [list(shown.columns), ["---"] * len(shown.columns), *shown.astype(str).to_numpy().tolist()]
+def markdown_table(cells: pd.DataFrame) -> str:
+    """A Markdown table; the cells are escaped already."""
+    rows = [list(cells.columns), ["---"] * len(cells.columns), *cells.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(r)} |" for r in rows)
 
 
-def chance(p: float | None) -> str:
-    """A p value as text."""
+def p_value(p: float | None) -> str:
+    """A p value as text: 3 decimals, "<0.001", or nothing for None and NaN."""
     return "" if p is None or pd.isna(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def files(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> dict[str, str]:
-    """A CSV file per table, by name: what the runs share stands in every row."""
-    made = {}
-    for facts, table in found:
-        words = "-".join(str(facts[k]) for k in ("task", "model", "source", "protocol"))
-        facts = {k: facts.get(k) for k in SHARED}
+def files(tables: list[tuple[dict[str, Any], pd.DataFrame]]) -> dict[str, str]:
+    """A CSV file per table: file name -> text. Every row repeats the shared fields."""
+    csv_files = {}
+    for table_fields, table in tables:
+        title_words = "-".join(str(table_fields[k]) for k in ("task", "model", "source", "protocol"))
+        shared = {k: table_fields.get(k) for k in SHARED}
         rows = table.drop(columns=["records", "metric"])
-        whole = pd.concat([pd.DataFrame([facts] * len(rows)), rows], axis=1)
-        name = f"{store.slug(words)}-{digest(facts)}.csv"
-        made[name] = whole.map(_cell).to_csv(index=False, lineterminator="\n")
-    return made
+        full = pd.concat([pd.DataFrame([shared] * len(rows)), rows], axis=1)
+        name = f"{store.slug(title_words)}-{digest(shared)}.csv"
+        csv_files[name] = full.map(_csv_cell).to_csv(index=False, lineterminator="\n")
+    return csv_files
 
 
 def is_table(file: Path) -> bool:
-    """Whether the file is one that `files` made: by its columns."""
+    """Whether `files` wrote this file, judged by its first columns."""
     with file.open("rb") as lines:
         return lines.readline(4096).startswith(",".join(SHARED).encode() + b",")
 
 
-def _cell(value: Any) -> Any:
-    """No text from a record is a formula to a spreadsheet program, or begins a row of its own."""
+def _csv_cell(value: Any) -> Any:
+    """A cell whose text a spreadsheet program takes neither for a formula nor for a new row."""
     if not isinstance(value, str):
-        return whole(value)
+        return integral(value)
     text = printable(value)
     return f"'{text}" if text.lstrip()[:1] in tuple("=+-@") else text
 
@@ -119,20 +122,20 @@ def escape(text: str) -> str:
     return text
 
 
-def _number(value: Any, digits: int) -> str:
+def _fixed(value: Any, digits: int) -> str:
     return "" if value is None or pd.isna(value) else f"{value:.{digits}f}"
 
 
-def as_rows(found: list[tuple[dict[str, Any], pd.DataFrame]]) -> list[dict[str, Any]]:
-    """The same as plain JSON."""
+def as_rows(tables: list[tuple[dict[str, Any], pd.DataFrame]]) -> list[dict[str, Any]]:
+    """The tables as plain JSON: one object per table with the shared fields and, under `table`, its rows."""
 
     def clean(value: Any) -> Any:
         value = value.item() if hasattr(value, "item") else value
         return None if isinstance(value, float) and value != value else value
 
     return [
-        {**{k: whole(clean(v)) for k, v in facts.items()},
+        {**{k: integral(clean(v)) for k, v in shared.items()},
          "table": [{k: clean(v) for k, v in row.items() if k != "records"}
                    for row in table.to_dict("records")]}
-        for facts, table in found
+        for shared, table in tables
     ]  # fmt: skip

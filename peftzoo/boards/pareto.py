@@ -1,4 +1,4 @@
-"""The Pareto front of score against cost, and where its plot's marks lie. No drawing here: numbers only."""
+"""The Pareto front of score against cost, and the pixel coordinates of its plot; the template draws it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from typing import Any
 
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 44
+"""Size and margins of the plot, in pixels."""
 
 Point = tuple[str, float, float]
 """Name, cost, score."""
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """Indices of the points that no other beats: none costs less and scores as much, or costs as much and
-    scores more. From the cheapest on."""
-    found: list[int] = []
+    """Indices of the points that no other dominates (costs at most as much, scores at least as much, and is
+    better in one of the two); cheapest first."""
+    indices: list[int] = []
     best = -math.inf
     for i in sorted(range(len(points)), key=lambda i: (points[i][1], -points[i][2])):
         _, cost, score = points[i]
-        if score > best or (found and points[found[-1]][1:] == (cost, score)):
-            found.append(i)
+        if score > best or (indices and points[indices[-1]][1:] == (cost, score)):
+            indices.append(i)
             best = max(best, score)
-    return found
+    return indices
 
 
 def plot(points: Sequence[Point]) -> dict[str, Any] | None:
-    """Marks, ticks and the front's line in pixels; the cost is on a logarithmic scale, 0 at its left end."""
+    """Marks, ticks, labels and the front's SVG path, in pixels; None for no points.
+
+    The cost axis is logarithmic, with a cost of 0 at its left end.
+    """
     if not points:
         return None
     costs = [c for _, c, _ in points if c > 0]
@@ -50,51 +54,53 @@ def plot(points: Sequence[Point]) -> dict[str, Any] | None:
         {"name": name, "x": x(cost), "y": y(score), "cost": cost, "score": score, "best": i in set(best)}
         for i, (name, cost, score) in enumerate(points)
     ]
-    ends = [(x(points[i][1]), y(points[i][2])) for i in best]
-    line = f"M{ends[0][0]} {ends[0][1]}" + "".join(f"H{a}V{b}" for a, b in ends[1:]) + f"H{WIDTH - RIGHT}"
+    steps = [(x(points[i][1]), y(points[i][2])) for i in best]
+    line = f"M{steps[0][0]} {steps[0][1]}" + "".join(f"H{a}V{b}" for a, b in steps[1:]) + f"H{WIDTH - RIGHT}"
     zero = [(x(0), "0")] if len(costs) < len(points) else []
     return {
         "marks": marks, "line": line, "labels": _labels([marks[i] for i in best]),
-        "x_ticks": zero + [(x(v), short(v)) for v in _decades(low, high)],
-        "y_ticks": [(y(v), f"{v:.4g}") for v in _steps(bottom, top)],
+        "x_ticks": zero + [(x(v), short(v)) for v in _log_ticks(low, high)],
+        "y_ticks": [(y(v), f"{v:.4g}") for v in _linear_ticks(bottom, top)],
     }  # fmt: skip
 
 
 def _labels(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Names of the front's points, best first, where they do not cover one that is placed already."""
+    """Names of the front's points, best first, without those for which there is no free place."""
     placed: list[tuple[float, float, float, float]] = []
-    found = []
+    labels = []
     for m in sorted(marks, key=lambda m: -m["score"]):
-        wide = 6.6 * min(len(m["name"]), 24) + 4
+        text_width = 6.6 * min(len(m["name"]), 24) + 4
         for right, rise in ((True, -7), (False, -7), (True, 15), (False, 15)):
-            a, b = (m["x"] + 6, m["x"] + 6 + wide) if right else (m["x"] - 6 - wide, m["x"] - 6)
-            box = (a, b, m["y"] + rise - 11, m["y"] + rise + 2)
-            inside = a >= LEFT and b <= WIDTH - RIGHT + 8 and box[2] >= 0 and box[3] <= HEIGHT - BOTTOM
+            start, end = (
+                (m["x"] + 6, m["x"] + 6 + text_width) if right else (m["x"] - 6 - text_width, m["x"] - 6)
+            )
+            box = (start, end, m["y"] + rise - 11, m["y"] + rise + 2)
+            inside = start >= LEFT and end <= WIDTH - RIGHT + 8 and box[2] >= 0 and box[3] <= HEIGHT - BOTTOM
             if inside and not any(
                 box[0] < q[1] and q[0] < box[1] and box[2] < q[3] and q[2] < box[3] for q in placed
             ):
                 placed.append(box)
-                at = {"x": m["x"] + (6 if right else -6), "y": m["y"] + rise, "end": not right}
-                found.append({"name": m["name"][:24], **at})
+                anchor = {"x": m["x"] + (6 if right else -6), "y": m["y"] + rise, "end": not right}
+                labels.append({"name": m["name"][:24], **anchor})
                 break
-    return found
+    return labels
 
 
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten inside; only the powers where there are many."""
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round costs between 10^low and 10^high: powers of ten, and multiples of them where those are few."""
     for digits in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
-        found = [d * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for d in digits]
-        found = [v for v in found if low <= math.log10(v) <= high]
-        if len(found) >= 3:
-            return found[:: -(-len(found) // 8)]
-    return found or [10**low, 10**high]
+        ticks = [d * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for d in digits]
+        ticks = [v for v in ticks if low <= math.log10(v) <= high]
+        if len(ticks) >= 3:
+            return ticks[:: -(-len(ticks) // 8)]
+    return ticks or [10**low, 10**high]
 
 
-def _steps(low: float, high: float) -> list[float]:
-    """About five round numbers inside."""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+def _linear_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers between low and high."""
+    min_step = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(min_step))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= min_step)
     first = math.ceil(low / step)
     return [k * step for k in range(first, math.floor(high / step) + 1)]
 

@@ -1,4 +1,4 @@
-"""What the records say about which method to take: measured rows only, and what is missing."""
+"""Which method to use, from the records: measured rows within a budget, and what was not measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from peftzoo.records.schema import Record
 
 @dataclass
 class Advice:
-    """Per table that fits: what it shares, rows within the budget best first, and rows left out."""
+    """The tables of matching tasks with their rows within the budget, best first.
+
+    `beyond` counts rows above the budget, `unknown` rows whose cost is not on record; `missing` are sentences
+    on what was not measured.
+    """
 
     tables: list[tuple[dict[str, Any], pd.DataFrame]] = field(default_factory=list)
     beyond: int = 0
@@ -23,8 +27,8 @@ class Advice:
     missing: list[str] = field(default_factory=list)
 
 
-def alike(record: Record, task: str) -> bool:
-    """Whether a record's task is, or is like, the named one: task, suite, a part of a name, or of a title."""
+def matches_task(record: Record, task: str) -> bool:
+    """Whether `task` is the record's suite, or a part of its task's name or title; case does not matter."""
     from peftzoo.tasks import task_files
 
     word = task.lower()
@@ -36,44 +40,49 @@ def alike(record: Record, task: str) -> bool:
 
 def recommend(records: list[Record], model: str, task: str, max_trainable: int | None = None,
               max_memory: int | None = None) -> Advice:  # fmt: skip
-    """Rows of the board for this model and tasks like this one, within the budget. Memory is the computed
-    total of training, in bytes. Raises `UserError` where there is no record to go by."""
-    good = [r for r in records if r.status == "ok"]
-    mine = [r for r in good if r.model == model]
-    if not mine:
-        raise unknown("model with records", model, {r.model for r in good}, see="peftzoo board")
-    fit = {name: alike(r, task) for name, r in {r.task: r for r in mine}.items()}
-    if not any(fit.values()):
-        raise unknown(f'task like this on record for "{model}"', task, fit, see="peftzoo board")
+    """Rows of the board for this model and for tasks that match `task`, within the budget.
+
+    `max_trainable` is a number of parameters, `max_memory` the computed total of training in bytes. Raises
+    `UserError` where there is no record of the model or of such a task.
+    """
+    completed = [r for r in records if r.status == "ok"]
+    of_model = [r for r in completed if r.model == model]
+    if not of_model:
+        raise unknown("model with records", model, {r.model for r in completed}, see="peftzoo board")
+    matches = {name: matches_task(r, task) for name, r in {r.task: r for r in of_model}.items()}
+    if not any(matches.values()):
+        raise unknown(f'task like this on record for "{model}"', task, matches, see="peftzoo board")
     advice = Advice()
-    for facts, table in board.tables([r for r in mine if fit[r.task]]):
-        over, blank = pd.Series(False, index=table.index), pd.Series(False, index=table.index)
-        for column, most in (("trained", max_trainable), ("memory_mib", max_memory and max_memory / 2**20)):
-            if most is not None:
+    for shared, table in board.tables([r for r in of_model if matches[r.task]]):
+        over_budget = pd.Series(False, index=table.index)
+        unknown_cost = pd.Series(False, index=table.index)
+        for column, limit in (("trained", max_trainable), ("memory_mib", max_memory and max_memory / 2**20)):
+            if limit is not None:
                 untrained = (column == "memory_mib") & (table["trained"] == 0)  # nothing to measure
-                blank |= table[column].isna() & ~untrained
-                over |= table[column] > most
-        advice.beyond += int(over.sum())
-        advice.unknown += int((blank & ~over).sum())
-        if len(left := table[~over & ~blank & table["score"].notna()]):
-            advice.tables.append((facts, left))
-    advice.missing = _missing(mine, fit, advice)
+                unknown_cost |= table[column].isna() & ~untrained
+                over_budget |= table[column] > limit
+        advice.beyond += int(over_budget.sum())
+        advice.unknown += int((unknown_cost & ~over_budget).sum())
+        if len(within := table[~over_budget & ~unknown_cost & table["score"].notna()]):
+            advice.tables.append((shared, within))
+    advice.missing = _not_measured(of_model, matches, advice)
     return advice
 
 
-def _missing(mine: list[Record], fit: dict[str, bool], advice: Advice) -> list[str]:
+def _not_measured(of_model: list[Record], matches: dict[str, bool], advice: Advice) -> list[str]:
+    """Sentences on methods without runs, too few seeds, generated data and tasks that do not match."""
     from peftzoo.contract import registry
 
-    found = []
-    tried = {r.method for r in mine if fit[r.task]}
-    if untried := sorted(set(registry.methods()) - tried):
-        found.append(f"{len(untried)} methods have no run here: {', '.join(untried)}")
-    few = {m for _, t in advice.tables for m in t[t["seeds"] < ranks.SEEDS]["method"]}
-    if few:
-        found.append(f"fewer than {ranks.SEEDS} seeds, so not ranked: {', '.join(sorted(few))}")
-    if any(facts["source"] == "embedded" for facts, _ in advice.tables):
-        found.append("embedded data is generated: it tells little of real data")
-    others = sorted(name for name, good in fit.items() if not good)
+    sentences = []
+    measured = {r.method for r in of_model if matches[r.task]}
+    if unmeasured := sorted(set(registry.methods()) - measured):
+        sentences.append(f"{len(unmeasured)} methods have no run here: {', '.join(unmeasured)}")
+    few_seeds = {m for _, t in advice.tables for m in t[t["seeds"] < ranks.MIN_SEEDS]["method"]}
+    if few_seeds:
+        sentences.append(f"fewer than {ranks.MIN_SEEDS} seeds, so not ranked: {', '.join(sorted(few_seeds))}")
+    if any(shared["source"] == "embedded" for shared, _ in advice.tables):
+        sentences.append("embedded data is generated: it tells little of real data")
+    others = sorted(name for name, match in matches.items() if not match)
     if others:
-        found.append(f"other tasks on record, not looked at: {', '.join(others)}")
-    return found
+        sentences.append(f"other tasks on record, not looked at: {', '.join(others)}")
+    return sentences

@@ -1,8 +1,9 @@
-"""HF PEFT's adapter folders read into our format.
+"""HF PEFT's adapter folders, imported as methods of this package.
 
-PEFT's own layers, with the tensors of the file, say what the adapter computes. Then our method with the same
-config class is looked for: options by search, tensors by asking `peft_state` where each of our numbers goes.
-It is taken only if it computes the same; else the adapter stays HF PEFT's own, as `hf:TYPE`.
+The adapter is loaded as `hf:TYPE` first: its outputs are the reference. Then each of our methods with the
+same PEFT config class is tried: its options are searched until `peft_config` agrees with the file, and its
+tensors are filled through the names of `peft_state`. The first with the same outputs is used; else the
+adapter stays `hf:TYPE`.
 """
 
 from __future__ import annotations
@@ -24,50 +25,56 @@ from peftzoo.contract import LINEAR, LINEAR_ROLES, Adapter, find_sites, registry
 from peftzoo.errors import NeedsWeights, UserError
 from peftzoo.interop import peft_methods
 from peftzoo.interop._peft_injection import make_config
-from peftzoo.interop.export import REPORT, assert_same, outputs
+from peftzoo.interop.export import REPORT_FILE, assert_same_outputs, outputs
 
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PLACE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""Where an adapter stands: told by the names of its layers instead."""
+_LAYER_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields of PEFT's configs that select layers; not compared, since the names of the layers are."""
 
 
 @dataclasses.dataclass
 class PeftFolder:
-    """An adapter folder of PEFT, checked but not yet on a model."""
+    """The content of a PEFT adapter folder, checked but not yet on a model."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    hint: dict[str, Any]
-    """What our own export wrote beside it."""
+    report: dict[str, Any]
+    """The report that our own export wrote beside it; empty for other folders."""
 
     @property
     def kind(self) -> str:
+        """PEFT's type in lower case, the TYPE of `hf:TYPE`."""
         return str(self.config["peft_type"]).lower()
 
     def options(self) -> tuple[dict[str, Any], list[str]]:
-        """Options of `hf:TYPE`, and the names of those in the file that this PEFT does not have."""
+        """Options of `hf:TYPE`, and the config's keys that the installed PEFT does not know.
+
+        Raises `UserError` for an adapter that trains biases of the base model.
+        """
         cls = registry.get(peft_methods.PREFIX + self.kind)
-        given = {k: v for k, v in self.config.items() if v is not None}
-        if given.get("bias", "none") != "none":
+        values = {k: v for k, v in self.config.items() if v is not None}
+        if values.get("bias", "none") != "none":
             raise UserError(
-                f'the adapter trains biases of the base (bias="{given["bias"]}"), which is not read'
+                f'the adapter trains biases of the base (bias="{values["bias"]}"), which is not read'
             )
         known = {f.name for f in dataclasses.fields(cls.peft_class)}
-        return {k: v for k, v in given.items() if k in cls.Config.model_fields}, sorted(given.keys() - known)
+        options = {k: v for k, v in values.items() if k in cls.Config.model_fields}
+        return options, sorted(values.keys() - known)
 
-    def whole(self) -> dict[str, Tensor]:
-        """Parameters of modules that PEFT trained and saved whole (a head), by the model's own names."""
+    def saved_modules(self) -> dict[str, Tensor]:
+        """Parameters of PEFT's `modules_to_save` (a head), under the base model's own names."""
         modules = [str(m) for m in self.config.get("modules_to_save") or ()]
-        found = {_own_name(k): t for k, t in self.tensors.items()}
-        return {n: t for n, t in found.items() if any(f".{m}." in f".{n}" for m in modules)}
+        tensors = {_base_name(k): t for k, t in self.tensors.items()}
+        return {n: t for n, t in tensors.items() if any(f".{m}." in f".{n}" for m in modules)}
 
 
-def _own_name(key: str) -> str:
+def _base_name(key: str) -> str:
+    """The base model's name of a parameter in `modules_to_save`."""
     return key.removeprefix("base_model.model.").replace(".modules_to_save.", ".")
 
 
 def read(folder: Path) -> PeftFolder:
-    """Read the folder. Raises `UserError` for whatever is missing, damaged, pickled or not PEFT's."""
+    """Read a PEFT adapter folder. Raises `UserError` for a missing, damaged, pickled or foreign file."""
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
@@ -75,7 +82,7 @@ def read(folder: Path) -> PeftFolder:
         raise UserError(f'"{folder}" is no folder: name the folder of a PEFT adapter')
     if not (folder / _TENSORS).is_file() and (folder / _PICKLED).exists():
         raise UserError(f"{_PICKLED} is a pickle, which is never read: save it again as safetensors")
-    config = _json(folder / _CONFIG)
+    config = _read_json(folder / _CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise UserError(f'"{folder.name}": {_CONFIG} names no peft_type, so it is not from HF PEFT')
     try:
@@ -83,68 +90,74 @@ def read(folder: Path) -> PeftFolder:
     except OSError as error:
         raise UserError(f'"{folder.name}": {_TENSORS}: {error.strerror}') from None
     except SafetensorError as error:
-        raise UserError(f'"{folder.name}": {_TENSORS} is not a whole safetensors file ({error})') from None
-    if bad := [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
-        raise UserError(f'"{folder.name}": tensor "{bad[0]}" holds numbers that are not finite')
-    hint = _json(folder / REPORT) if (folder / REPORT).is_file() else {}
-    return PeftFolder(config, tensors, hint if hint.get("to") == "peft" else {})
+        raise UserError(f'"{folder.name}": {_TENSORS} is damaged or no safetensors file ({error})') from None
+    if not_finite := [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+        raise UserError(f'"{folder.name}": tensor "{not_finite[0]}" holds numbers that are not finite')
+    report = _read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else {}
+    return PeftFolder(config, tensors, report if report.get("to") == "peft" else {})
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        document = json.loads(file.read_text())
     except OSError as error:
         raise UserError(f'"{file.parent.name}": {file.name}: {error.strerror}') from None
     except (ValueError, RecursionError) as error:
         raise UserError(f'"{file.parent.name}": {file.name} is not JSON ({error})') from None
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise UserError(f'"{file.parent.name}": {file.name} is not a JSON object')
-    return found
+    return document
 
 
-def import_adapter(found: PeftFolder, model: nn.Module) -> tuple[Attached, dict[str, Any]]:
-    """Attach the adapter to `model` as our method, or as `hf:TYPE`; returns it and what is worth telling."""
-    whole = found.whole()
-    head = {n: whole[n] for n, _ in model.named_parameters() if n in whole}
-    options, ignored = found.options()
+def import_adapter(folder: PeftFolder, model: nn.Module) -> tuple[Attached, dict[str, Any]]:
+    """Attach the adapter to `model` as one of our methods, or as `hf:TYPE`.
+
+    Returns the handle and a summary: PEFT's type, our method, and the config's keys that were ignored. Raises
+    `UserError` when the files do not fit the model or each other; then the model is as it was.
+    """
+    saved_modules = folder.saved_modules()
+    head = {n: saved_modules[n] for n, _ in model.named_parameters() if n in saved_modules}
+    options, ignored = folder.options()
     tensors = {f"head.{n}": t for n, t in head.items()}
-    tensors |= {k.replace(".", "/"): t for k, t in found.tensors.items() if _own_name(k) not in head}
-    cls = registry.get(peft_methods.PREFIX + found.kind)
-    with suppress(NeedsWeights):  # a config that asks for more than the file holds is refused without memory
-        shape = attach(_shape(model), cls, head=tuple(head), **options)
-        if not shape.adapter.filled:  # else the shapes may depend on the weights
-            _load(shape, tensors)
-    plain = outputs(model)
-    theirs = attach(model, cls, head=tuple(head), **options)
-    _load(theirs, tensors)
-    want = outputs(model)
-    told = {"peft_type": found.kind, "ignored": ignored}
-    theirs.detach()
-    for ours in _candidates(found, theirs, tuple(head)):
-        if _fill(ours, theirs.adapter.peft_state()) and _same(ours, want, plain):
-            return ours, told | {"method": ours.adapter.name}
-        ours.detach()
-    theirs = attach(model, cls, head=tuple(head), **options)
-    _load(theirs, tensors)
-    return theirs, told | {"method": theirs.adapter.name}
+    tensors |= {k.replace(".", "/"): t for k, t in folder.tensors.items() if _base_name(k) not in head}
+    cls = registry.get(peft_methods.PREFIX + folder.kind)
+    with suppress(NeedsWeights):  # refuses a config that is larger than the file before memory is allocated
+        meta_handle = attach(_meta_copy(model), cls, head=tuple(head), **options)
+        if not meta_handle.adapter.used_noise:  # else the shapes may depend on the weights
+            _load_tensors(meta_handle, tensors)
+    base_outputs = outputs(model)
+    peft_handle = attach(model, cls, head=tuple(head), **options)
+    _load_tensors(peft_handle, tensors)
+    peft_outputs = outputs(model)
+    summary = {"peft_type": folder.kind, "ignored": ignored}
+    peft_handle.detach()
+    for handle in _candidates(folder, peft_handle, tuple(head)):
+        filled = _copy_tensors(handle, peft_handle.adapter.peft_state())
+        if filled and _has_outputs(handle, peft_outputs, base_outputs):
+            return handle, summary | {"method": handle.adapter.name}
+        handle.detach()
+    peft_handle = attach(model, cls, head=tuple(head), **options)
+    _load_tensors(peft_handle, tensors)
+    return peft_handle, summary | {"method": peft_handle.adapter.name}
 
 
-def _load(theirs: Attached, tensors: dict[str, Tensor]) -> None:
+def _load_tensors(handle: Attached, tensors: dict[str, Tensor]) -> None:
+    """Load the tensors of the file, without aliases; detaches the adapter where that fails."""
     try:
-        theirs.load_state_dict({n: t for n, t in tensors.items() if n not in theirs.adapter.aliases})
+        handle.load_state_dict({n: t for n, t in tensors.items() if n not in handle.adapter.aliases})
     except UserError:
-        theirs.detach()
+        handle.detach()
         raise
 
 
-def _shape(model: nn.Module) -> nn.Module:
+def _meta_copy(model: nn.Module) -> nn.Module:
     with torch.device("meta"):
         return type(model)(model.config)
 
 
-def _same(ours: Attached, want: Tensor, plain: Tensor) -> bool:
+def _has_outputs(handle: Attached, peft_outputs: Tensor, base_outputs: Tensor) -> bool:
     try:
-        assert_same(ours.adapter.name, outputs(ours.model), want, plain)
+        assert_same_outputs(handle.adapter.name, outputs(handle.model), peft_outputs, base_outputs)
     except UserError:
         return False
     return True
@@ -153,91 +166,97 @@ def _same(ours: Attached, want: Tensor, plain: Tensor) -> bool:
 # -- which of our methods, with which options ------------------------------------------------------------
 
 
-def _candidates(found: PeftFolder, theirs: Attached, head: tuple[str, ...]) -> Iterator[Attached]:
-    """Our methods attached with options that PEFT's config asks for; first what our own export noted."""
-    model = theirs.model
-    want = theirs.adapter.options
-    place = {"targets": _targets(model, [s.name for s in theirs.sites])}
-    same = [c for c in map(registry.get, registry.methods()) if c.peft == type(want).__name__]
-    same.sort(key=lambda c: c.name.replace("-", "") != found.kind.replace("_", ""))
-    for cls in same:
-        if cls.name == found.hint.get("method"):
-            yield from _attached(model, cls, found.hint.get("config"), found.hint.get("seed"), head)
-    for cls in same:
+def _candidates(folder: PeftFolder, peft_handle: Attached, head: tuple[str, ...]) -> Iterator[Attached]:
+    """Our methods, attached with options that give PEFT's config; first the method in our export's report."""
+    model = peft_handle.model
+    peft_config = peft_handle.adapter.tuner_config
+    targets = {"targets": _targets(model, [s.name for s in peft_handle.sites])}
+    methods = [c for c in map(registry.get, registry.methods()) if c.peft == type(peft_config).__name__]
+    methods.sort(key=lambda c: c.name.replace("-", "") != folder.kind.replace("_", ""))
+    for cls in methods:
+        if cls.name == folder.report.get("method"):
+            yield from _try_attach(model, cls, folder.report.get("config"), folder.report.get("seed"), head)
+    for cls in methods:
         if "targets" in cls.Config.model_fields:
-            options, seed, apart = _Search(cls, want, model, place).run()
-            if apart == 0:
-                yield from _attached(model, cls, options, seed, head)
+            options, seed, differences = _OptionSearch(cls, peft_config, model, targets).run()
+            if differences == 0:
+                yield from _try_attach(model, cls, options, seed, head)
 
 
-def _attached(
+def _try_attach(
     model: nn.Module, cls: type, options: Any, seed: Any, head: tuple[str, ...]
 ) -> Iterator[Attached]:
-    with suppress(UserError, TypeError, ValueError):  # a note that somebody else wrote may say anything
+    """The attached method, or nothing where the options do not fit it."""
+    with suppress(UserError, TypeError, ValueError):  # a report may have been edited
         adapter = configure(cls, options)
         yield attach(model, adapter, seed=int(seed), head=head)
 
 
 def _targets(model: nn.Module, names: list[str]) -> tuple[str, ...]:
-    """Roles that stand for exactly these layers, or one pattern with their names."""
+    """The roles that select exactly these layers, or else a regular expression of their names."""
     table = roles_of(model)
     roles = [r for r in LINEAR_ROLES if r in table and {s.name for s in find_sites(model, (r,))} <= {*names}]
     if roles and [s.name for s in find_sites(model, roles)] == names:
-        whole = {r for r in LINEAR_ROLES if r in table} == {*roles}
-        return ("all",) if whole else tuple(roles)
+        every_role = {r for r in LINEAR_ROLES if r in table} == {*roles}
+        return ("all",) if every_role else tuple(roles)
     return ("re:" + "|".join(n.replace(".", r"\.") for n in names),)
 
 
-class _Search:
-    """Options of one method, changed one at a time until `peft_config` says what PEFT's config says."""
+class _OptionSearch:
+    """Greedy search for a method's options, one at a time, until its `peft_config` equals PEFT's config."""
 
-    def __init__(self, cls: type[Adapter], want: Any, model: nn.Module, place: dict[str, Any]) -> None:
-        self.cls, self.want, self.place = cls, want, place
-        self.fields = {f.name: getattr(want, f.name) for f in dataclasses.fields(want)}
-        self.fields = {k: v for k, v in self.fields.items() if self._tells(k)}
-        self.shape = _shape(model)
-        self.sites = find_sites(self.shape, place["targets"], LINEAR)
+    def __init__(
+        self, cls: type[Adapter], peft_config: Any, model: nn.Module, targets: dict[str, Any]
+    ) -> None:
+        self.cls, self.peft_config, self.targets = cls, peft_config, targets
+        self.fields = {f.name: getattr(peft_config, f.name) for f in dataclasses.fields(peft_config)}
+        self.fields = {k: v for k, v in self.fields.items() if self._is_compared(k)}
+        self.meta_model = _meta_copy(model)
+        self.sites = find_sites(self.meta_model, targets["targets"], LINEAR)
 
-    def _tells(self, name: str) -> bool:
-        return name not in (*_PLACE, *peft_methods.DECIDED) and not name.startswith(("init", "save"))
+    def _is_compared(self, name: str) -> bool:
+        skipped = (*_LAYER_FIELDS, *peft_methods.ENGINE_FIELDS)
+        return name not in skipped and not name.startswith(("init", "save"))
 
     def run(self) -> tuple[dict[str, Any], int, int]:
-        """Options, seed, and in how many fields of PEFT's config they still differ."""
-        best: dict[str, Any] = dict(self.place)
-        apart = self._apart(best, 0)
+        """The best options and seed, and the number of config fields in which they still differ."""
+        best: dict[str, Any] = dict(self.targets)
+        fewest = self._count_differences(best, 0)
         seed = 0
         for name, field in self.cls.Config.model_fields.items():
-            for value in self._values(field.annotation) if name != "targets" else ():
-                if apart and (n := self._apart(best | {name: value}, seed)) < apart:
-                    best, apart = best | {name: value}, n
+            for value in self._values_to_try(field.annotation) if name != "targets" else ():
+                if fewest and (n := self._count_differences(best | {name: value}, seed)) < fewest:
+                    best, fewest = best | {name: value}, n
         for value in {v for v in self.fields.values() if type(v) is int and 0 <= v < 2**31}:
-            if apart and (n := self._apart(best, value)) < apart:
-                seed, apart = value, n
-        return best, seed, apart
+            if fewest and (n := self._count_differences(best, value)) < fewest:
+                seed, fewest = value, n
+        return best, seed, fewest
 
-    def _values(self, kind: Any) -> list[Any]:
-        """What an option of this type may be: its literals, PEFT's numbers, the roles of PEFT's layers."""
+    def _values_to_try(self, kind: Any) -> list[Any]:
+        """For an option of this type: its literals, the numbers in PEFT's config, or its layers' roles."""
         if typing.get_origin(kind) is Literal:
             return list(typing.get_args(kind))
         if kind is bool:
             return [True, False]
         if kind == tuple[str, ...]:
-            lists = [v for v in vars(self.want).values() if isinstance(v, (list, set)) and v]
+            lists = [v for v in vars(self.peft_config).values() if isinstance(v, (list, set)) and v]
             return [tuple(dict.fromkeys(s.role for s in self.sites if s.name in v)) for v in lists]
         numbers = {v for v in self.fields.values() if type(v) in (int, float)}
         return sorted(numbers)
 
-    def _apart(self, options: dict[str, Any], seed: int) -> int:
+    def _count_differences(self, options: dict[str, Any], seed: int) -> int:
+        """The number of fields that differ from PEFT's config; more than all of them for refused options."""
         try:
-            handle = attach(self.shape, configure(self.cls, options), seed=seed)
+            handle = attach(self.meta_model, configure(self.cls, options), seed=seed)
             handle.detach()
-            mine = make_config(type(self.want), **handle.adapter.peft_config(handle.sites))
+            config = make_config(type(self.peft_config), **handle.adapter.peft_config(handle.sites))
         except (UserError, NotImplementedError, ValidationError):
             return len(self.fields) + 1
-        return sum(_as_set(getattr(mine, k)) != _as_set(v) for k, v in self.fields.items())
+        return sum(_as_set(getattr(config, k)) != _as_set(v) for k, v in self.fields.items())
 
 
 def _as_set(value: Any) -> Any:
+    """A list or tuple as a set, since PEFT keeps some lists as sets; anything else as it is."""
     return {*value} if isinstance(value, (list, tuple)) else value
 
 
@@ -245,30 +264,31 @@ def _as_set(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _fill(ours: Attached, state: dict[str, Tensor]) -> bool:
-    """Give our tensors the values that PEFT has under the names of `peft_state`; false where that fails.
+def _copy_tensors(handle: Attached, state: dict[str, Tensor]) -> bool:
+    """Copy PEFT's values (`state`, under PEFT's names) to our parameters; False for a mismatch.
 
-    Our numbers are counted through, and `peft_state` shows where in PEFT's tensors each of them lands.
+    `peft_state` may reshape, transpose or concatenate our parameters. So they are filled with 1, 2, 3, ...
+    first, and the numbers in `peft_state` then show where each of our values is in PEFT's tensors.
     """
-    params = ours.parameters()
+    params = handle.parameters()
     total = sum(p.numel() for p in params)
-    start, kept = 0, [p.data for p in params]
+    start, original = 0, [p.data for p in params]
     for p in params:
         p.data = torch.arange(start + 1, start + p.numel() + 1, dtype=torch.float64, device=p.device).view(
             p.shape
         )
         start += p.numel()
-    places = {n: t.detach().clone() for n, t in ours.adapter.peft_state().items()}
-    for p, data in zip(params, kept, strict=True):
+    positions = {n: t.detach().clone() for n, t in handle.adapter.peft_state().items()}
+    for p, data in zip(params, original, strict=True):
         p.data = data
-    state = {n: t for n in places for k, t in state.items() if k == n or k.endswith(f".{n}")}
-    if places.keys() != state.keys() or any(places[n].shape != state[n].shape for n in state):
+    state = {n: t for n in positions for k, t in state.items() if k == n or k.endswith(f".{n}")}
+    if positions.keys() != state.keys() or any(positions[n].shape != state[n].shape for n in state):
         return False
-    index = torch.cat([places[n].flatten() for n in state]).cpu()
+    index = torch.cat([positions[n].flatten() for n in state]).cpu()
     if not torch.equal(index.sort().values, torch.arange(1, total + 1, dtype=torch.float64)):
         return False
     values = torch.cat([state[n].detach().flatten().cpu().double() for n in state])
     flat = values[index.argsort()]
-    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.data.copy_(part.view(p.shape))
+    for p, piece in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.data.copy_(piece.view(p.shape))
     return True

@@ -1,4 +1,4 @@
-"""From a run, a record or a folder to an adapter on its model: what `peftzoo export` starts with."""
+"""Finding the saved adapter of a run, and loading it on its base model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftzoo.records.schema import Record
 
 @dataclass
 class OpenedAdapter:
-    """A saved adapter on its model."""
+    """A saved adapter attached to its base model, with the content of its `adapter.json`."""
 
     handle: Attached
     loaded: models.Loaded
@@ -35,9 +35,13 @@ class OpenedAdapter:
         return self.loaded.source["id"] if self.loaded.source["kind"] == "hub" else None
 
 
-def find(what: str, results: Path) -> Path:
-    """The adapter folder of a run: a folder, a record's file, its id (`0123456789ab-s0`) or its name."""
-    path = Path(what).expanduser()
+def find(reference: str, results: Path) -> Path:
+    """The adapter folder that `reference` names: the folder itself, a record's file, a run's id or its name.
+
+    An id is `0123456789ab-s0`, or `0123456789ab` where only one seed is saved. Raises `UserError` when there
+    is no such run, several of them, or no saved adapter.
+    """
+    path = Path(reference).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
@@ -45,58 +49,72 @@ def find(what: str, results: Path) -> Path:
             store.read(path),
             next((p.parent for p in path.parents if p.name == "records"), results),
         )
-        return _of_run(what, root, [f"{record.id}-s{record.seed}"])
-    if re.fullmatch(r"[0-9a-f]{12}(-s\d+)?", what):
-        pattern = what if "-s" in what else f"{what}-s*"
-        return _of_run(what, results, [p.name for p in (results / "adapters").glob(pattern)])
-    records = [r for r in store.read_all(results) if isinstance(r, Record) and r.name == what]
+        return _adapter_folder(reference, root, [f"{record.id}-s{record.seed}"])
+    if re.fullmatch(r"[0-9a-f]{12}(-s\d+)?", reference):
+        pattern = reference if "-s" in reference else f"{reference}-s*"
+        return _adapter_folder(reference, results, [p.name for p in (results / "adapters").glob(pattern)])
+    records = [r for r in store.read_all(results) if isinstance(r, Record) and r.name == reference]
     if not records:
-        raise UserError(f'"{what}" is no folder, no record and no run in "{results.name}": name one of these')
-    return _of_run(what, results, [f"{r.id}-s{r.seed}" for r in records])
+        raise UserError(
+            f'"{reference}" is no folder, no record and no run in "{results.name}": name one of these'
+        )
+    return _adapter_folder(reference, results, [f"{r.id}-s{r.seed}" for r in records])
 
 
-def _of_run(what: str, root: Path, ids: list[str]) -> Path:
+def _adapter_folder(reference: str, results: Path, ids: list[str]) -> Path:
     if len(ids) > 1:
-        raise UserError(f'"{what}" names {len(ids)} runs: say which of {", ".join(sorted(ids))}')
-    if not ids or not (root / "adapters" / ids[0]).is_dir():
-        raise UserError(f'run "{what}" has no saved adapter beside its records: run it again with --force')
-    return root / "adapters" / ids[0]
+        raise UserError(f'"{reference}" names {len(ids)} runs: choose one of {", ".join(sorted(ids))}')
+    if not ids or not (results / "adapters" / ids[0]).is_dir():
+        raise UserError(
+            f'run "{reference}" has no saved adapter beside its records: run it again with --force'
+        )
+    return results / "adapters" / ids[0]
 
 
 def load(folder: Path, model: str | None = None) -> OpenedAdapter:
-    """The adapter in `folder` on the model that it says it belongs to, or on `model`."""
+    """Load the adapter in `folder` on the base model that it names, or on `model`.
+
+    A base that the run pruned by magnitude is pruned again. Raises `UserError` when no model is named, or
+    when the base was pruned with calibration data.
+    """
     card, tensors = saving.read(folder)
     name = model or card.get("model")
     if not isinstance(name, str):
-        raise UserError(f'adapter "{folder.name}" does not say which model it belongs to: give --model')
+        raise UserError(f'adapter "{folder.name}" does not name its base model: give --model')
     if name.startswith("local:"):
         raise UserError(
             f'adapter "{folder.name}" belongs to the model in a folder "{name[6:]}": give --model FOLDER'
         )
     loaded = models.load(name, head=head_of({n[5:]: t for n, t in tensors.items() if n.startswith("head.")}))
-    if pruned := card.get("prune"):
-        how = pruning.Pruning.parse(pruned)
-        if how.how != "magnitude":
+    if prune := card.get("prune"):
+        settings = pruning.Pruning.parse(prune)
+        if settings.how != "magnitude":
             raise UserError(
-                f"the base of this run was pruned with data ({pruned}), which is not at hand here"
+                f"the base of this run was pruned with data ({prune}), which is not saved: export another run"
             )
-        pruning.prune(loaded.model, how, list)
+        pruning.prune(loaded.model, settings, list)
     return OpenedAdapter(saving.load(loaded.model, folder, tokenizer=loaded.tokenizer), loaded, card)
 
 
-def load_model(found: peft_import.PeftFolder, name: str | None = None) -> models.Loaded:
-    """The model of a PEFT folder: `name`, or the one on the Hub that the folder names."""
-    named = found.config.get("base_model_name_or_path")
-    by_hub = {facts["hub"]: alias for alias, facts in catalogue.aliases().items()}
-    if name is None and isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named):
-        name = by_hub.get(named, named)
+def load_model(peft_folder: peft_import.PeftFolder, name: str | None = None) -> models.Loaded:
+    """The base model of a PEFT folder: `name`, or the Hub model that the folder names.
+
+    Raises `UserError` when there is neither.
+    """
+    base_model = peft_folder.config.get("base_model_name_or_path")
+    alias_of = {entry["hub"]: alias for alias, entry in catalogue.aliases().items()}
+    if name is None and isinstance(base_model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        name = alias_of.get(base_model, base_model)
     if name is None:
         raise UserError("the adapter does not name a public model: give --model")
-    return models.load(name, head=head_of(found.whole()))
+    return models.load(name, head=head_of(peft_folder.saved_modules()))
 
 
 def head_of(tensors: dict[str, Tensor]) -> models.Head | None:
-    """The kind of head that these tensors belong to: one output for regression, else a class each."""
+    """The head that these tensors belong to: one output means regression, several mean one per class.
+
+    None for no tensors.
+    """
     if not tensors:
         return None
     outputs = min(t.shape[0] for t in tensors.values() if t.ndim)

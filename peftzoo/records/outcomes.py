@@ -1,4 +1,4 @@
-"""The side file of a record: what became of every scored row, as paired tests need it."""
+"""The side file of a record: the outcome of every scored row, which paired tests and the bootstrap need."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import numpy as np
 
 from peftzoo.errors import UserError
 from peftzoo.records.schema import Record
-from peftzoo.records.statistics import METRICS, Sample, share
+from peftzoo.records.statistics import METRICS, Sample, mean_terms
 
-LARGEST = 256 * 2**20
-"""Bytes of an unpacked side file, at most."""
+MAX_UNPACKED_BYTES = 256 * 2**20
+"""A larger side file is refused, so that a small gzip file cannot fill the memory."""
 
 
 def read(record: Record) -> list[dict[str, Any]]:
-    """One entry per scored row and filter. Raises `UserError` naming the file and what is wrong with it."""
+    """One entry per scored row and filter; empty where the record has no side file.
+
+    Raises `UserError` naming the file and the fault: missing, damaged, too large, or not the record's own.
+    """
     if not record.examples or not record.file:
         return []
     file = record.file.with_suffix(".examples.jsonl.gz")
@@ -31,68 +34,73 @@ def read(record: Record) -> list[dict[str, Any]]:
         data = file.read_bytes()
         if hashlib.sha256(data).hexdigest() != record.examples.get("sha256"):
             raise ValueError("its sha256 is not the one in the record")
-        text = GzipFile(fileobj=io.BytesIO(data)).read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise ValueError(f"more than {LARGEST // 2**20} MiB")
-        found = json.loads(b"[" + b",".join(text.splitlines()) + b"]")
-        if not all(isinstance(o, dict) for o in found):
+        text = GzipFile(fileobj=io.BytesIO(data)).read(MAX_UNPACKED_BYTES + 1)
+        if len(text) > MAX_UNPACKED_BYTES:
+            raise ValueError(f"more than {MAX_UNPACKED_BYTES // 2**20} MiB")
+        entries = json.loads(b"[" + b",".join(text.splitlines()) + b"]")
+        if not all(isinstance(o, dict) for o in entries):
             raise ValueError("a line is not an object")
     except (OSError, EOFError, BadGzipFile, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
         raise UserError(f"{file}: not the outcomes of its record: {reason}") from None
-    return found
+    return entries
 
 
 def sample(record: Record) -> Sample | None:
-    """What the record's score is made of, row by row; None where the side file does not tell."""
-    found = read(record)
-    if not found or record.result is None:
+    """The terms per row behind the record's score, for paired tests; None where the side file lacks them.
+
+    For a task group's mean score, rows are weighted so that their plain mean is the mean over tasks. Raises
+    `UserError` as `read` does.
+    """
+    entries = read(record)
+    if not entries or record.result is None:
         return None
-    parts = _by_task(found) if record.result.metric == "mean" else {None: found}
-    made = []
-    for task, outcomes in parts.items():
-        metric = record.result.metric if task is None else _metric(record, task)
-        if (one := _sample(outcomes, metric)) is None:
+    by_task = _by_task(entries) if record.result.metric == "mean" else {None: entries}
+    samples = []
+    for task, task_entries in by_task.items():
+        metric = record.result.metric if task is None else _task_metric(record, task)
+        if (task_sample := _task_sample(task_entries, metric)) is None:
             return None
-        made.append((task, one))
-    if len(made) == 1:
-        return made[0][1]
-    if any(s.of is not METRICS["acc"][1] for _, s in made):
+        samples.append((task, task_sample))
+    if len(samples) == 1:
+        return samples[0][1]
+    if any(s.metric is not METRICS["acc"][1] for _, s in samples):
         return None
-    n = sum(len(s.rows) for _, s in made)  # rows weigh so that their plain mean is the mean over tasks
-    weighted = [s.parts * n / (len(made) * len(s.rows)) for _, s in made]
-    return Sample(tuple((t, r) for t, s in made for r in s.rows), np.concatenate(weighted))
+    n = sum(len(s.rows) for _, s in samples)
+    weighted = [s.terms * n / (len(samples) * len(s.rows)) for _, s in samples]
+    return Sample(tuple((t, r) for t, s in samples for r in s.rows), np.concatenate(weighted))
 
 
-def _by_task(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for o in found:
-        parts.setdefault(str(o.get("task")), []).append(o)
-    return parts
+def _by_task(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for o in entries:
+        tasks.setdefault(str(o.get("task")), []).append(o)
+    return tasks
 
 
-def _metric(record: Record, task: str) -> str:
-    """The main metric of one of several tasks: the first that the score names for it."""
+def _task_metric(record: Record, task: str) -> str:
+    """The main metric of one task of a group: the first one that the score's `others` lists for the task."""
     named = [k for k in record.result.others if k.startswith(f"{task}/")]
     return named[0].removeprefix(f"{task}/") if named else ""
 
 
-def _sample(found: list[dict[str, Any]], metric: str) -> Sample | None:
-    name, _, kind = metric.partition(",")
-    mine = [o for o in found if o.get("filter", kind or "none") == (kind or "none")]
-    rows = tuple(o.get("row") for o in mine)
-    if not mine or not all(type(r) is int for r in rows) or len(set(rows)) < len(rows):
+def _task_sample(entries: list[dict[str, Any]], metric: str) -> Sample | None:
+    name, _, filter_name = metric.partition(",")  # lm-eval writes "exact_match,strict-match"
+    selected = [o for o in entries if o.get("filter", filter_name or "none") == (filter_name or "none")]
+    rows = tuple(o.get("row") for o in selected)
+    if not selected or not all(type(r) is int for r in rows) or len(set(rows)) < len(rows):
         return None
-    if (values := _numbers(mine, name)) is not None:
-        return Sample(rows, share(values))
-    answers, references = _numbers(mine, "answer"), _numbers(mine, "reference")
+    if (values := _numbers(selected, name)) is not None:
+        return Sample(rows, mean_terms(values))
+    answers, references = _numbers(selected, "answer"), _numbers(selected, "reference")
     if answers is None or references is None or name not in METRICS:
         return None
-    parts, of = METRICS[name]
-    return Sample(rows, parts(answers, references), of)
+    terms, metric_of_means = METRICS[name]
+    return Sample(rows, terms(answers, references), metric_of_means)
 
 
-def _numbers(found: list[dict[str, Any]], key: str) -> np.ndarray | None:
-    values = [o.get(key) for o in found]
-    good = all(isinstance(v, (int, float)) and abs(v) < 1e15 and math.isfinite(v) for v in values)
-    return np.array(values, float) if good else None
+def _numbers(entries: list[dict[str, Any]], key: str) -> np.ndarray | None:
+    """(n,): the values under `key`; None where one is missing, not a number, not finite, or 1e15 and more."""
+    values = [o.get(key) for o in entries]
+    usable = all(isinstance(v, (int, float)) and abs(v) < 1e15 and math.isfinite(v) for v in values)
+    return np.array(values, float) if usable else None

@@ -1,15 +1,15 @@
-"""What publications used and printed: settings with a name (`--preset`), parameter counts, scores.
+"""Presets from publications: their hyperparameters (`--preset`), printed parameter counts and scores.
 
-They stand in a YAML file beside the method, of the same name, and are data only:
+The presets of a method are in a YAML file beside its Python file, under the same name:
 
     paper-glue-base:
-      source: Table 2 of arXiv 2106.09685           # where the setting and the numbers stand
+      source: Table 2 of arXiv 2106.09685           # where the publication prints them
       options: {targets: "q,v", r: 8}               # --set
       train: {epochs: 60, batch_size: 16}           # fields of TrainConfig, or epochs instead of steps
-      tasks: {sst2: {lr: 5.0e-4}}                   # what differs for one task; `options` may be among it
+      tasks: {sst2: {lr: 5.0e-4}}                   # overrides for one task; may hold `options`
       counts: {roberta-base: 0.3M}                  # trainable parameters as printed; an integer is exact,
-                                                    # 0.3% a share of model and adapter together
-      differs: {roberta-base: why ours is another number}
+                                                    # 0.3% is a share of model plus adapter
+      differs: {roberta-base: why our count is another one}
       scores: {roberta-base: {sst2: 95.1}}          # as printed
 """
 
@@ -34,7 +34,10 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "%": 1e-2}
 
 
 class Preset(BaseModel):
-    """One published setting."""
+    """One published setting: an entry of the YAML file, with the keys shown above.
+
+    Unknown keys, training fields and malformed counts are refused.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,72 +51,79 @@ class Preset(BaseModel):
 
     @field_validator("train")
     @classmethod
-    def _train(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _fields(value)
+    def _check_train(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _check_train_fields(value)
 
     @field_validator("tasks")
     @classmethod
-    def _tasks(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _check_tasks(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for fields in value.values():
             if not isinstance(fields.get("options", {}), dict):
                 raise ValueError(f"options {fields['options']}: a table of options")
-            _fields(_training(fields))
+            _check_train_fields(_without_options(fields))
         return value
 
     @field_validator("counts")
     @classmethod
-    def _counts(cls, value: dict[str, int | str]) -> dict[str, int | str]:
+    def _check_counts(cls, value: dict[str, int | str]) -> dict[str, int | str]:
         for printed in value.values():
-            spread(printed)
+            parse_count(printed)
         return value
 
     def chosen(self, task: str) -> dict[str, Any]:
-        """Options of the method for one task."""
+        """The method's options for one task: the preset's own, overridden by those of the task."""
         return self.options | self.tasks.get(task, {}).get("options", {})
 
-    def training(self, task: str, given: dict[str, Any]) -> dict[str, Any]:
-        """Overrides of `TrainConfig` fields for one task, those `given` by the user last."""
-        mine = self.train | _training(self.tasks.get(task, {}))
-        if given.keys() & {"steps", "epochs"}:  # each says how long
-            mine = {k: v for k, v in mine.items() if k not in ("steps", "epochs")}
-        return mine | given
+    def training(self, task: str, overrides: dict[str, Any]) -> dict[str, Any]:
+        """Values of `TrainConfig` fields (or `epochs`) for one task; the user's `overrides` come last."""
+        fields = self.train | _without_options(self.tasks.get(task, {}))
+        if overrides.keys() & {"steps", "epochs"}:  # either one sets the length
+            fields = {k: v for k, v in fields.items() if k not in ("steps", "epochs")}
+        return fields | overrides
 
 
-def _training(fields: dict[str, Any]) -> dict[str, Any]:
+def _without_options(fields: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k != "options"}
 
 
-def _fields(train: dict[str, Any]) -> dict[str, Any]:
+def _check_train_fields(train: dict[str, Any]) -> dict[str, Any]:
     known = {*TrainConfig.model_fields, "epochs"}
-    if foreign := train.keys() - known:
-        raise ValueError(f"{min(foreign)} is no training setting: {', '.join(sorted(known))}")
+    if surplus := train.keys() - known:
+        raise ValueError(f"{min(surplus)} is no training setting: {', '.join(sorted(known))}")
     TrainConfig(**{k: v for k, v in train.items() if k != "epochs"})
     return train
 
 
 NONE = Preset(source="no publication")
+"""The empty preset of a run without `--preset`."""
 
 
-def spread(printed: int | str) -> tuple[float, float]:
-    """A printed count as its value and the half unit of its last digit: "0.3M" -> (3e5, 5e4)."""
+def parse_count(printed: int | str) -> tuple[float, float]:
+    """A printed count as its value and half a unit of its last digit: "0.3M" -> (3e5, 5e4), 7 -> (7.0, 0.0).
+
+    Raises `ValueError` for text of another form.
+    """
     if isinstance(printed, int):
         return float(printed), 0.0
-    if not (found := re.fullmatch(r"(\d+)(?:\.(\d+))?([KMB%]?)", printed)):
+    if not (match := re.fullmatch(r"(\d+)(?:\.(\d+))?([KMB%]?)", printed)):
         raise ValueError(f'count "{printed}": an integer, or digits with K, M, B or % such as 0.3M')
-    whole, digits, unit = found[1], found[2] or "", found[3]
-    return float(f"{whole}.{digits or 0}") * _UNITS[unit], 0.5 * 10 ** -len(digits) * _UNITS[unit]
+    integer, decimals, unit = match[1], match[2] or "", match[3]
+    return float(f"{integer}.{decimals or 0}") * _UNITS[unit], 0.5 * 10 ** -len(decimals) * _UNITS[unit]
 
 
-def agrees(printed: int | str, ours: int, model: int = 0) -> bool:
-    """Whether our count, rounded as the printed one is, is the printed one. `model`: its parameters."""
-    value, half = spread(printed)
-    number = ours / (model + ours) if str(printed).endswith("%") else ours
-    return abs(number - value) <= half + 1e-12 * value
+def agrees(printed: int | str, counted: int, model_params: int = 0) -> bool:
+    """Whether the counted number of trainable parameters rounds to the printed one.
+
+    `model_params`: parameters of the base model, for a printed percentage.
+    """
+    value, half_unit = parse_count(printed)
+    number = counted / (model_params + counted) if str(printed).endswith("%") else counted
+    return abs(number - value) <= half_unit + 1e-12 * value
 
 
 @cache
 def presets(cls: type) -> dict[str, Preset]:
-    """The published settings of a method, by name. Raises `UserError` naming file, preset and key."""
+    """The published settings of a method class, by name. Raises `UserError` naming file, preset and key."""
     file = Path(inspect.getfile(cls)).with_suffix(".yaml")
     if not file.is_file():
         return {}
@@ -127,42 +137,47 @@ def presets(cls: type) -> dict[str, Preset]:
 
 
 def get(cls: type, name: str) -> Preset:
-    found = presets(cls)
-    if name not in found:
-        raise unknown(f'preset of method "{cls.name}"', name, found)
-    return found[name]
+    """One preset of a method class. Raises `UserError` with the nearest known name."""
+    known = presets(cls)
+    if name not in known:
+        raise unknown(f'preset of method "{cls.name}"', name, known)
+    return known[name]
 
 
 def counts(methods: list[str]) -> list[dict[str, Any]]:
-    """One row per method, preset and model: the printed count, ours, and whether they agree."""
+    """One row per method, preset and model: the printed count, the one counted here, whether they agree.
+
+    Counting needs no weights: the models are on the meta device.
+    """
     rows = []
     for method in methods:
         cls = registry.get(method)
         for name, preset in presets(cls).items():
             for model, printed in preset.counts.items():
-                ours, size = attach(_bare(model), configure(cls, preset.options)), _size(model)
+                handle = attach(_meta_model(model), configure(cls, preset.options))
+                counted = handle.trainable_count()
                 rows.append({
                     "name": f"{method}/{name}/{model}", "status": "ok", "method": method, "preset": name,
-                    "model": model, "printed": printed, "trainable_params": ours.trainable_count(),
-                    "agrees": agrees(printed, ours.trainable_count(), size),
+                    "model": model, "printed": printed, "trainable_params": counted,
+                    "agrees": agrees(printed, counted, _parameter_count(model)),
                     "reason": preset.differs.get(model), "source": preset.source,
                 })  # fmt: skip
-                ours.detach()
+                handle.detach()
     return rows
 
 
 @cache
-def _bare(model: str) -> Any:
+def _meta_model(model: str) -> Any:
     return models.on_meta(model)
 
 
 @cache
-def _size(model: str) -> int:
-    return sum(p.numel() for p in _bare(model).parameters())
+def _parameter_count(model: str) -> int:
+    return sum(p.numel() for p in _meta_model(model).parameters())
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of `counts` as a page."""
+    """The rows of `counts` as a Markdown page (`results/paper_counts.md`)."""
     agree = sum(r["agrees"] for r in rows)
     lines = [
         "# Trainable parameters: printed and counted here",

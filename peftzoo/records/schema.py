@@ -1,4 +1,4 @@
-"""The record of one run: its fields, their units, and what a score is."""
+"""The record of one run: its fields with their units, and its scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 SCHEMA = 1
+"""Version of the record's format."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -108,21 +109,25 @@ class Record(BaseModel):
 
     @property
     def file(self) -> Path | None:
-        """Where it was read from or written to."""
+        """The JSON file that the record was read from or written to."""
         return self._file
 
     @property
     def result(self) -> Score | None:
-        """The score that counts: merged where that was scored on all rows."""
+        """The score that boards use: the merged one where it covers at least the rows of the unmerged one."""
         merged = self.merged_score
         return merged if merged and self.score and merged.rows >= self.score.rows else self.score
 
 
-def mean(parts: dict[str, Score]) -> Score:
-    """The plain mean of several tasks' scores, each of which stands in `others`; null if one of them is."""
-    n, scores = len(parts), [*parts.values()]
-    others = {f"{name}/{s.metric}": s.value for name, s in parts.items()}
-    others |= {f"{name}/{k}": v for name, s in parts.items() for k, v in s.others.items()}
+def mean(scores_by_task: dict[str, Score]) -> Score:
+    """The unweighted mean of several tasks' scores; its value is None if one of theirs is.
+
+    `others` holds every metric as `task/metric`, rows and seconds are sums, and the standard error assumes
+    independent tasks.
+    """
+    n, scores = len(scores_by_task), [*scores_by_task.values()]
+    others = {f"{name}/{s.metric}": s.value for name, s in scores_by_task.items()}
+    others |= {f"{name}/{k}": v for name, s in scores_by_task.items() for k, v in s.others.items()}
     known = all(s.value is not None for s in scores)
     errors = [s.stderr for s in scores]
     parsed = [s for s in scores if s.unparsed is not None]
@@ -136,8 +141,10 @@ def mean(parts: dict[str, Score]) -> Score:
 
 
 def number(value: Any) -> float | None:
-    """A number from a record as one that can be reckoned with: None for anything else and for 1e15 and more;
-    0 for what is closer to it than 1e-12."""
+    """A value of a record as a float that is safe to compute with.
+
+    None for what is no number and for magnitudes of 1e15 and more; 0 for magnitudes up to 1e-12.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
         return None
     return float(value) if abs(value) > 1e-12 else 0.0

@@ -1,4 +1,4 @@
-"""Records on disk: one JSON per run; where it lies, how it is written and read."""
+"""Records on disk: one JSON file per run. Paths, writing, reading and checksums."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from peftzoo.errors import UserError
 from peftzoo.records.schema import Record
 
 FOLDERS = {"ok": "records", "failed": "failed", "cancelled": "cancelled"}
-"""Good records lie apart from the others."""
+"""Folder of a record by its status: boards read the first one only."""
 LOCKS = "locks"
-"""Every results folder has it: whoever does a run holds its lock."""
+"""Subfolder of every results folder: a process holds a run's lock file while it executes that run."""
 
 
-def identity(parts: dict[str, Any]) -> str:
-    """12 hexadecimal digits that name a configuration."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def identity(settings: dict[str, Any]) -> str:
+    """The id of a configuration: 12 hexadecimal digits of a hash that ignores the order of the keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def slug(name: str) -> str:
-    """A name as one folder name: letters, digits, dot, dash, underscore; never hidden, never a path."""
+    """A name as one folder name: letters, digits, dot, dash, underscore; never hidden, never a path.
+
+    At most 80 characters; a longer name is cut and ends in a hash, so that two long names stay different.
+    """
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name.replace("/", "__")).strip(".-") or "unnamed"
     return plain if len(plain) <= 80 else f"{plain[:67]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
@@ -41,9 +44,9 @@ def path(out: Path, record: Record) -> Path:
 
 
 def write(out: Path, record: Record, outcomes: list[dict[str, Any]] | None = None) -> Path:
-    """Write the record and, beside it, the compressed outcomes; both atomically, the record last.
+    """Write the record and, beside it, the outcomes as gzip-compressed JSON lines; returns the record's path.
 
-    The record gets the checksums of both.
+    Both are written atomically, the record last. The record receives the checksums of both files.
     """
     target = path(out, record)
     if outcomes:
@@ -52,31 +55,33 @@ def write(out: Path, record: Record, outcomes: list[dict[str, Any]] | None = Non
         side = target.with_suffix(".examples.jsonl.gz")
         write_atomically(side, data)
         record.examples = {"file": side.name, "sha256": hashlib.sha256(data).hexdigest()}
-    record.sha256, record._file = seal(json.loads(record.model_dump_json())), target
+    record.sha256, record._file = checksum(json.loads(record.model_dump_json())), target
     write_atomically(target, (record.model_dump_json(indent=1) + "\n").encode())
     return target
 
 
 def supersede(out: Path, record: Record) -> None:
-    """Remove what an earlier try of the same run left among the failed and cancelled ones."""
+    """Remove the failed or cancelled record that an earlier attempt of the same run left."""
     for status in FOLDERS.keys() - {"ok", record.status}:
         path(out, record.model_copy(update={"status": status})).unlink(missing_ok=True)
 
 
-def seal(document: dict[str, Any]) -> str:
-    """The checksum of a record's document: of all but the checksum itself."""
-    rest = {k: v for k, v in document.items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def checksum(document: dict[str, Any]) -> str:
+    """The sha256 of a record's JSON object without its own `sha256` field: keys sorted, no spaces."""
+    content = {k: v for k, v in document.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read(file: Path) -> Record:
-    """One record, checked; one without a checksum is older than these. Raises `UserError` naming the file and
-    what is wrong, and for one that was changed after it was written."""
+    """One record, validated; a record without a checksum (older than checksums) is accepted.
+
+    Raises `UserError` naming the file and the fault; also for a record that was edited after it was written.
+    """
     try:
-        raw = json.loads(file.read_bytes(), parse_constant=_finite, parse_float=_finite)
-        json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair could not be shown
+        raw = json.loads(file.read_bytes(), parse_constant=_finite_float, parse_float=_finite_float)
+        json.dumps(raw, ensure_ascii=False).encode()  # a lone surrogate could not be printed
         record = Record.model_validate(raw)
-        if record.sha256 not in (None, seal(raw)):
+        if record.sha256 not in (None, checksum(raw)):
             raise UserError(
                 f"{file}: not a record as it was written: its sha256 is another; restore it, or make it anew "
                 "(--force)"
@@ -91,14 +96,17 @@ def read(file: Path) -> Record:
         raise UserError(f"{file}: not a record: {' '.join(str(error).split())[:160]}") from None
 
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text[:20]} is not a finite number")
     return value
 
 
 def read_all(out: Path) -> Iterator[Record | UserError]:
-    """Every good record under `out/records` (or under `out` itself); a file that is none yields its error."""
+    """Every record under `out/records`, or under `out` where that is no results folder, in order of path.
+
+    A file that cannot be read as a record yields its `UserError` instead.
+    """
     root = out / FOLDERS["ok"]
     for file in sorted((root if root.is_dir() or (out / LOCKS).is_dir() else out).rglob("*.json")):
         try:

@@ -1,4 +1,4 @@
-"""Results of HF PEFT's method comparison: read, shown apart, and never believed."""
+"""Results of HF PEFT's method comparison: read with suspicion, and shown on a board of their own."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def result(accuracy: float = 0.48, **changes) -> dict:
     }  # fmt: skip
 
 
-def put(folder, name: str, document) -> None:
+def write_json(folder, name: str, document) -> None:
     (folder / f"{name}.json").write_text(document if isinstance(document, str) else json.dumps(document))
 
 
 def test_the_published_schema_is_read(tmp_path) -> None:
-    put(tmp_path, "a", result())
+    write_json(tmp_path, "a", result())
     (r,) = external_results.read_all(tmp_path)
     assert (r.test_accuracy, r.trainable_params, r.file_bytes, r.method) == (0.48, 9175040, 36715216, "LORA")
     assert (r.memory_reserved_max, r.steps, r.lr, r.seed) == (22273851392, 5000, 1e-4, 0)
@@ -51,10 +51,10 @@ def test_the_published_schema_is_read(tmp_path) -> None:
 
 
 def test_what_the_files_mean_by_odd_values(tmp_path) -> None:
-    put(tmp_path, "a", result(config=None, size=99999999))
+    write_json(tmp_path, "a", result(config=None, size=99999999))
     old = result()
     old["train_info"]["cuda_memory_max"] = old["train_info"].pop("accelerator_memory_max")
-    put(tmp_path, "b", old)
+    write_json(tmp_path, "b", old)
     full, older = external_results.read_all(tmp_path)
     assert full.method == "full fine-tuning" and full.file_bytes is None
     assert older.memory_reserved_max == 22273851392
@@ -62,15 +62,15 @@ def test_what_the_files_mean_by_odd_values(tmp_path) -> None:
 
 def test_the_board_is_marked_and_sorted(tmp_path) -> None:
     for i, accuracy in enumerate((0.2, 0.5, 0.4)):
-        put(tmp_path, str(i), result(accuracy, name=f"m{i}"))
-    put(tmp_path, "gpu", result(0.9, name="other", gpu="A10G"))
+        write_json(tmp_path, str(i), result(accuracy, name=f"m{i}"))
+    write_json(tmp_path, "gpu", result(0.9, name="other", gpu="A10G"))
     text = external_results.markdown(external_results.read_all(tmp_path))
     assert "external" in text.lower() and text.count("## ") == 2
     assert text.index("m1") < text.index("m2") < text.index("m0")
 
 
 def test_hostile_text_stays_text(tmp_path) -> None:
-    put(tmp_path, "a", result(name=HOSTILE[:150], gpu=HOSTILE[:150]))
+    write_json(tmp_path, "a", result(name=HOSTILE[:150], gpu=HOSTILE[:150]))
     text = external_results.markdown(external_results.read_all(tmp_path))
     assert "<" not in text and "\x1b" not in text
     assert sum(line.startswith("|") for line in text.splitlines()) == 3
@@ -85,9 +85,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_file_that_is_none_is_named_and_skipped(tmp_path, kind: str) -> None:
-    put(tmp_path, "good", result())
-    put(tmp_path, "odd", make().model_dump_json() if kind == "record" else BAD[kind])
+def test_a_file_that_is_no_result_is_named_and_skipped(tmp_path, kind: str) -> None:
+    write_json(tmp_path, "good", result())
+    write_json(tmp_path, "odd", make().model_dump_json() if kind == "record" else BAD[kind])
     good, bad = external_results.read_all(tmp_path)
     assert isinstance(good, external_results.Result) and isinstance(bad, UserError)
     assert "odd.json" in str(bad) and "\n" not in str(bad) and len(str(bad)) < 500
@@ -106,30 +106,30 @@ def test_fuzzed_files_never_break_the_reader(tmp_path) -> None:
         value[key] = damage(value[key])
         return value
 
-    put(tmp_path, "good", result())
+    write_json(tmp_path, "good", result())
     for i in range(150):
-        put(tmp_path, f"f{i:03}", damage(copy.deepcopy(result())))
+        write_json(tmp_path, f"f{i:03}", damage(copy.deepcopy(result())))
     found = external_results.read_all(tmp_path)
     assert len(found) == 151
     external_results.markdown([f for f in found if isinstance(f, external_results.Result)])
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(external_results, "LARGEST", 100)
-    put(tmp_path, "a", result())
+    monkeypatch.setattr(external_results, "MAX_FILE_BYTES", 100)
+    write_json(tmp_path, "a", result())
     with pytest.raises(UserError, match="more than"):
         external_results.read(tmp_path / "a.json")
 
 
 def test_the_command(run_cli, tmp_path) -> None:
-    put(tmp_path, "a", result())
-    put(tmp_path, "b", "{")
+    write_json(tmp_path, "a", result())
+    write_json(tmp_path, "b", "{")
     code, out, err = run_cli(f"board --import-peft {tmp_path}")
     assert code == 0 and "external" in out and "b.json" in err
     code, out, _ = run_cli(f"board --import-peft {tmp_path} --json")
     assert one_document(out)[0]["origin"] == "HF PEFT method_comparison"
     code, out, _ = run_cli(f"board --import-peft {tmp_path} --out {tmp_path / 'out'}")
     assert code == 0 and "| lora/llama-3.2-3B-rank32 |" in (tmp_path / "out" / "external.md").read_text()
-    for folder, told in (("./nowhere", "no such folder"), (str(tmp_path / "out"), "no JSON files")):
+    for folder, message in (("./nowhere", "no such folder"), (str(tmp_path / "out"), "no JSON files")):
         code, out, err = run_cli(f"board --import-peft {folder}")
-        assert code == 2 and told in err and out == ""
+        assert code == 2 and message in err and out == ""

@@ -1,4 +1,4 @@
-"""The pages: whole, harmless, and usable in a real browser."""
+"""The static site: complete, safe against hostile text, and usable in a real browser."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs) -> None:
         self.tags.append(tag)
-        given = dict(attrs)
-        assert not any(k.startswith("on") for k in given), f"a handler in the page: {given}"
-        self.links += [v for k, v in given.items() if k in ("href", "src")]
+        attributes = dict(attrs)
+        assert not any(k.startswith("on") for k in attributes), f"a handler in the page: {attributes}"
+        self.links += [v for k, v in attributes.items() if k in ("href", "src")]
 
     def handle_data(self, data) -> None:
         self.text += data
 
 
-def built(folder: Path, records: list[Record], **more) -> Path:
-    site.write(folder, records, board.tables(records), replications.rows(records), **more)
+def built(folder: Path, records: list[Record], **options) -> Path:
+    """The folder, with the site of these records written into it."""
+    site.write(folder, records, board.tables(records), replications.rows(records), **options)
     return folder
 
 
@@ -52,14 +53,14 @@ def pages(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 40])
-def test_the_front_is_what_nothing_beats(n: int) -> None:
+def test_the_front_is_what_nothing_dominates(n: int) -> None:
     rng = np.random.default_rng()
     points = [(f"m{i}", float(c), float(s)) for i, (c, s) in enumerate(rng.integers(0, 12, (n, 2)))]
 
-    def beaten(p) -> bool:
+    def dominated(p) -> bool:
         return any(q[1] <= p[1] and q[2] >= p[2] and q[1:] != p[1:] for q in points)
 
-    assert sorted(pareto.front(points)) == [i for i, p in enumerate(points) if not beaten(p)]
+    assert sorted(pareto.front(points)) == [i for i, p in enumerate(points) if not dominated(p)]
 
 
 @pytest.mark.parametrize("points", [
@@ -108,11 +109,11 @@ def test_every_link_leads_to_a_page_of_the_folder(folder: Path) -> None:
 
 def test_pages_of_runs_that_are_gone_go_too(tmp_path) -> None:
     records = [make("lora", 0), make("dora", 0), make("lora", 1)]
-    whole = pages(built(tmp_path, records))
+    before = pages(built(tmp_path, records))
     (tmp_path / "runs" / "notes.html").write_text("<p>somebody's own")
-    left = pages(built(tmp_path, records[:1]))
-    assert len(whole) == 1 + 2 + 3 and [p.name for p in left if p.name == "notes.html"]
-    assert len(left) == 1 + 1 + 1 + 1 and not [p for p in left if "dora" in p.name]
+    after = pages(built(tmp_path, records[:1]))
+    assert len(before) == 1 + 2 + 3 and [p.name for p in after if p.name == "notes.html"]
+    assert len(after) == 1 + 1 + 1 + 1 and not [p for p in after if "dora" in p.name]
 
 
 def test_nothing_comes_from_elsewhere(folder: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_page_of_a_method_and_of_a_run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("odd", [[1], {"a": {"b": 1}}, 7, None, "x"])
-def test_free_parts_of_a_record_may_hold_anything(tmp_path, odd) -> None:
+def test_free_fields_of_a_record_may_hold_anything(tmp_path, odd) -> None:
     data = {"source": odd, "id": odd, "files": odd, "scored_rows": odd}
     records = [
         make("odd", data=data, environment={"device": odd}, train={"steps": odd, "lr": odd}),
@@ -178,19 +179,19 @@ def browser():
     if not chromium:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
     with playwright.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield found
-        found.close()
+        instance = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield instance
+        instance.close()
 
 
 @pytest.mark.slow
 def test_sorted_filtered_and_searched_in_chromium(browser, folder: Path, tmp_path) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    trouble: list[str] = []
-    page.on("console", lambda m: trouble.append(m.text))
-    page.on("pageerror", lambda e: trouble.append(str(e)))
-    page.on("dialog", lambda d: trouble.append(f"dialog {d.message}"))
-    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else trouble.append(r.url))
+    complaints: list[str] = []
+    page.on("console", lambda m: complaints.append(m.text))
+    page.on("pageerror", lambda e: complaints.append(str(e)))
+    page.on("dialog", lambda d: complaints.append(f"dialog {d.message}"))
+    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
     page.goto((folder / "index.html").as_uri())
 
     def column(number: int) -> list[str]:
@@ -237,12 +238,12 @@ def test_sorted_filtered_and_searched_in_chromium(browser, folder: Path, tmp_pat
     phone = browser.new_page(viewport={"width": 375, "height": 800}, color_scheme="dark")
     for file in ("index.html", "methods/dora.html", f"runs/{next((folder / 'runs').iterdir()).name}"):
         phone.goto((folder / file).as_uri())
-        wide = phone.evaluate("document.documentElement.scrollWidth")
-        assert wide <= 375, f"{file} is {wide} wide on a phone"
+        width = phone.evaluate("document.documentElement.scrollWidth")
+        assert width <= 375, f"{file} is {width} px wide on a phone"
         phone.screenshot(path=tmp_path / f"phone-{Path(file).stem}.png")
     dark = phone.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 150, f"{dark} is not dark"
-    assert trouble == []
+    assert complaints == []
 
 
 @pytest.mark.slow
@@ -261,8 +262,8 @@ def test_ten_thousand_records(tmp_path, monkeypatch) -> None:
     begin = time.process_time()
     records = [r for r in store.read_all(tmp_path) if isinstance(r, Record)]
     tables = board.tables(records)
-    made = site.write(tmp_path / "pages", records, tables, [])
+    page_count = site.write(tmp_path / "pages", records, tables, [])
     formats.markdown(tables), formats.files(tables)
     seconds = time.process_time() - begin
-    assert len(records) == count == 10_000 and made == 10_101 and len(tables) == 20
+    assert len(records) == count == 10_000 and page_count == 10_101 and len(tables) == 20
     assert seconds < 20, f"{seconds:.1f} s"

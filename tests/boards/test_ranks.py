@@ -1,4 +1,4 @@
-"""Intervals, paired tests, corrections and ranks against scipy and statsmodels; side files that lie."""
+"""Intervals, paired tests, corrections and ranks against scipy and statsmodels; damaged side files."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from peftzoo.boards import ranks as statistics
+from peftzoo.boards import ranks
 from peftzoo.errors import UserError
 from peftzoo.records import outcomes, store
 from peftzoo.records.schema import Record
-from peftzoo.records.statistics import METRICS, Sample, share
+from peftzoo.records.statistics import METRICS, Sample, mean_terms
 from peftzoo.scoring import metrics
 from tests.boards.test_tables import make
 
 
-def runs(values: np.ndarray) -> statistics.Runs:
-    """Right and wrong per seed and row: (seeds, n)."""
+def by_seed(values: np.ndarray) -> ranks.SamplesBySeed:
+    """Samples from right (1) and wrong (0) answers (seeds, n)."""
     rows = tuple(range(values.shape[1]))
-    return {s: Sample(rows, share(v)) for s, v in enumerate(values)}
+    return {s: Sample(rows, mean_terms(v)) for s, v in enumerate(values)}
 
 
-def guesses(rng: np.random.Generator, right: float, seeds: int = 1, n: int = 200) -> statistics.Runs:
-    return runs((rng.random((seeds, n)) < right).astype(float))
+def guesses(rng: np.random.Generator, right: float, seeds: int = 1, n: int = 200) -> ranks.SamplesBySeed:
+    """Independent answers that are right with this probability."""
+    return by_seed((rng.random((seeds, n)) < right).astype(float))
 
 
 # -- tests ----------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ def test_mcnemar_is_statsmodels(seed: int) -> None:
     a, b = rng.random((2, 150)) < rng.uniform(0.3, 0.9, (2, 1))
     table = [[np.sum(a & b), np.sum(a & ~b)], [np.sum(~a & b), np.sum(~a & ~b)]]
     expected = mcnemar(table, exact=True).pvalue
-    p = statistics.compare(runs(a[None].astype(float)), runs(b[None].astype(float)))
+    p = ranks.paired_p_value(by_seed(a[None].astype(float)), by_seed(b[None].astype(float)))
     assert p == pytest.approx(min(expected, 1.0), rel=1e-9)
 
 
@@ -48,8 +49,10 @@ def test_several_seeds_are_one_pair_per_row() -> None:
     """Three copies of the same outcomes tell no more than one of them."""
     rng = np.random.default_rng()
     a, b = (rng.random((1, 100)) < 0.7).astype(float), (rng.random((1, 100)) < 0.5).astype(float)
-    once = statistics.compare(runs(a), runs(b))
-    assert statistics.compare(runs(a.repeat(3, 0)), runs(b.repeat(3, 0))) == pytest.approx(once, abs=1e-12)
+    once = ranks.paired_p_value(by_seed(a), by_seed(b))
+    assert ranks.paired_p_value(by_seed(a.repeat(3, 0)), by_seed(b.repeat(3, 0))) == pytest.approx(
+        once, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -61,7 +64,7 @@ def test_several_seeds_are_tested_as_scipy_tosses_signs(seed: int) -> None:
         (a.sum(0), b.sum(0)), lambda x, y, axis: (x - y).sum(axis=axis), permutation_type="samples",
         n_resamples=np.inf, vectorized=True,
     ).pvalue  # fmt: skip
-    assert statistics.compare(runs(a), runs(b)) == pytest.approx(min(expected, 1.0), rel=1e-9)
+    assert ranks.paired_p_value(by_seed(a), by_seed(b)) == pytest.approx(min(expected, 1.0), rel=1e-9)
 
 
 def test_what_is_better_on_average_is_not_beaten_by_the_count_of_rows() -> None:
@@ -69,40 +72,40 @@ def test_what_is_better_on_average_is_not_beaten_by_the_count_of_rows() -> None:
     a, b = np.zeros((3, 400)), np.zeros((3, 400))
     a[:, :100] = 1
     a[:2, 100:260] = b[:, 100:260] = 1
-    p = statistics.compare(runs(a), runs(b))
+    p = ranks.paired_p_value(by_seed(a), by_seed(b))
     assert a.mean() > b.mean() and p < 0.05
     few = (a[:, 50:] - b[:, 50:]).sum()
     assert few < 0, "the example must turn with its rows"
-    assert statistics.ranks([runs(a), runs(b)], [True, True]) == [1, 2]
+    assert ranks.ranks([by_seed(a), by_seed(b)], [True, True]) == [1, 2]
 
 
 def test_only_common_seeds_and_rows_count() -> None:
     rng = np.random.default_rng()
     a, b = guesses(rng, 0.9, 3), guesses(rng, 0.4, 3)
-    expected = statistics.compare({1: a[1]}, {1: b[1]})
-    assert statistics.compare({1: a[1], 5: a[0]}, {1: b[1], 6: b[0]}) == expected
-    assert statistics.compare({0: a[0]}, {1: b[1]}) is None
-    other = {0: Sample(tuple(range(1, 201)), b[0].parts)}
-    assert statistics.compare(a, other) is None, "other rows were compared"
+    expected = ranks.paired_p_value({1: a[1]}, {1: b[1]})
+    assert ranks.paired_p_value({1: a[1], 5: a[0]}, {1: b[1], 6: b[0]}) == expected
+    assert ranks.paired_p_value({0: a[0]}, {1: b[1]}) is None
+    other = {0: Sample(tuple(range(1, 201)), b[0].terms)}
+    assert ranks.paired_p_value(a, other) is None, "other rows were compared"
 
 
 def test_a_test_of_equals_is_rarely_significant_and_of_unequals_often() -> None:
     rng = np.random.default_rng(0)
-    alike = [statistics.compare(guesses(rng, 0.6, 3), guesses(rng, 0.6, 3)) for _ in range(300)]
-    apart = [statistics.compare(guesses(rng, 0.7, 3), guesses(rng, 0.5, 3)) for _ in range(50)]
-    assert np.mean(np.array(alike) < 0.05) < 0.07 and np.mean(np.array(apart) < 0.05) > 0.9
+    equals = [ranks.paired_p_value(guesses(rng, 0.6, 3), guesses(rng, 0.6, 3)) for _ in range(300)]
+    unequals = [ranks.paired_p_value(guesses(rng, 0.7, 3), guesses(rng, 0.5, 3)) for _ in range(50)]
+    assert np.mean(np.array(equals) < 0.05) < 0.07 and np.mean(np.array(unequals) < 0.05) > 0.9
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.05, 0.12, 0.3])
 def test_the_bootstrap_of_a_mean_agrees_with_the_t_test(shift: float) -> None:
     rng = np.random.default_rng(int(shift * 100))
     a, b = rng.normal(size=(2, 1, 400))
-    p = statistics.compare(runs(a + shift), runs(b))
+    p = ranks.paired_p_value(by_seed(a + shift), by_seed(b))
     assert p == pytest.approx(stats.ttest_rel(a[0] + shift, b[0]).pvalue, abs=0.02)
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_metric_from_its_parts_is_the_metric(name: str) -> None:
+def test_a_metric_from_its_terms_is_the_metric(name: str) -> None:
     rng = np.random.default_rng()
     for n, scale in ((40, 1.0), (300, 1e-4)):
         if name == "pearson":
@@ -110,30 +113,30 @@ def test_a_metric_from_its_parts_is_the_metric(name: str) -> None:
             p = r + rng.normal(size=n) * scale
         else:
             p, r = rng.integers(0, 2 if name == "f1" else 3, (2, n)).astype(float)
-        split, of = METRICS[name]
-        sample = Sample(tuple(range(n)), split(p, r), of)
+        terms, metric = METRICS[name]
+        sample = Sample(tuple(range(n)), terms(p, r), metric)
         assert sample.value() == pytest.approx(metrics.METRICS[name](p, r))
-        counts = statistics._counts(n, sample.rows)
-        found = statistics.resampled(sample)
-        for i in rng.integers(0, len(found), 5):
+        counts = ranks._resample_counts(n, sample.rows)
+        values = ranks.bootstrap_metric(sample)
+        for i in rng.integers(0, len(values), 5):
             drawn = np.repeat(np.arange(n), counts[i].astype(int))
-            assert found[i] == pytest.approx(metrics.METRICS[name](p[drawn], r[drawn]), abs=2e-4)
+            assert values[i] == pytest.approx(metrics.METRICS[name](p[drawn], r[drawn]), abs=2e-4)
 
 
 def test_a_correlation_is_compared_on_the_same_rows() -> None:
     rng, rows = np.random.default_rng(1), tuple(range(200))
-    split, of = METRICS["pearson"]
-    alike, apart = [], []
+    terms, metric = METRICS["pearson"]
+    equals, unequals = [], []
     for _ in range(20):
         r = rng.normal(size=200)
         good, same, bad = (r + rng.normal(size=200) * s for s in (0.8, 0.8, 1.6))
-        a, b, c = ({0: Sample(rows, split(x, r), of)} for x in (good, same, bad))
-        alike.append(statistics.compare(a, b))
-        apart.append(statistics.compare(a, c))
-    assert statistics.compare(a, a) == 1.0
-    assert np.mean(np.array(alike) < 0.05) < 0.25 and np.mean(np.array(apart) < 0.05) > 0.9
-    constant = {0: Sample(rows, split(np.ones(200), r), of)}
-    assert statistics.compare(a, constant) is None, "an undefined metric was compared"
+        a, b, c = ({0: Sample(rows, terms(x, r), metric)} for x in (good, same, bad))
+        equals.append(ranks.paired_p_value(a, b))
+        unequals.append(ranks.paired_p_value(a, c))
+    assert ranks.paired_p_value(a, a) == 1.0
+    assert np.mean(np.array(equals) < 0.05) < 0.25 and np.mean(np.array(unequals) < 0.05) > 0.9
+    constant = {0: Sample(rows, terms(np.ones(200), r), metric)}
+    assert ranks.paired_p_value(a, constant) is None, "an undefined metric was compared"
 
 
 # -- corrections and ranks ------------------------------------------------------------------------------
@@ -142,33 +145,32 @@ def test_a_correlation_is_compared_on_the_same_rows() -> None:
 @pytest.mark.parametrize("n", [1, 2, 7, 66])
 def test_holm_is_statsmodels(n: int) -> None:
     p = np.random.default_rng(n).random(n) ** 3
-    assert statistics.holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1])
+    assert ranks.holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1])
     gaps = [*p[: n // 2], None, *p[n // 2 :]]
-    assert [v for v in statistics.holm(gaps) if v is not None] == pytest.approx(
-        multipletests(p, method="holm")[1]
-    )
+    assert [v for v in ranks.holm(gaps) if v is not None] == pytest.approx(multipletests(p, method="holm")[1])
 
 
 def test_rows_that_cannot_be_told_apart_share_a_rank() -> None:
     rng = np.random.default_rng(3)
     base = rng.random((3, 500))
     near = base + rng.normal(size=base.shape) * 0.01
-    found = [runs((x < q).astype(float)) for x, q in ((base, 0.9), (near, 0.9), (base, 0.6), (base, 0.3))]
-    assert statistics.ranks(found, [True] * 4) == [1, 1, 3, 4]
-    assert statistics.ranks(found, [True, False, True, True]) == [1, None, 2, 3]
-    assert statistics.ranks(found, [False] * 4) == [None] * 4
-    assert statistics.ranks([], []) == []
-    apart = {s + 7: sample for s, sample in found[3].items()}
-    assert statistics.ranks([*found[:3], apart], [True] * 4) == [1, 1, 3, None], (
+    cases = ((base, 0.9), (near, 0.9), (base, 0.6), (base, 0.3))
+    methods = [by_seed((x < q).astype(float)) for x, q in cases]
+    assert ranks.ranks(methods, [True] * 4) == [1, 1, 3, 4]
+    assert ranks.ranks(methods, [True, False, True, True]) == [1, None, 2, 3]
+    assert ranks.ranks(methods, [False] * 4) == [None] * 4
+    assert ranks.ranks([], []) == []
+    other_seeds = {s + 7: sample for s, sample in methods[3].items()}
+    assert ranks.ranks([*methods[:3], other_seeds], [True] * 4) == [1, 1, 3, None], (
         "no seed in common, yet ranked"
     )
 
 
 def test_every_rank_is_one_plus_the_number_of_better_ranked_rows() -> None:
     rng = np.random.default_rng()
-    found = [guesses(rng, q, 3, 80) for q in sorted(rng.uniform(0.2, 0.9, 12), reverse=True)]
-    ranks = statistics.ranks(found, [True] * 12)
-    assert all(r == 1 + sum(s < r for s in ranks) for r in ranks) and ranks[0] == 1
+    methods = [guesses(rng, q, 3, 80) for q in sorted(rng.uniform(0.2, 0.9, 12), reverse=True)]
+    result = ranks.ranks(methods, [True] * 12)
+    assert all(r == 1 + sum(s < r for s in result) for r in result) and result[0] == 1
 
 
 # -- the side file --------------------------------------------------------------------------------------
@@ -220,20 +222,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_side_file_that_is_none_is_named(tmp_path, kind: str) -> None:
+def test_a_damaged_side_file_is_named(tmp_path, kind: str) -> None:
     record = written(tmp_path, right([1]))
     side = record.file.with_suffix(".examples.jsonl.gz")
     side.write_bytes(BAD[kind])
     with pytest.raises(UserError, match="sha256"):
         outcomes.read(record)
     record.examples["sha256"] = hashlib.sha256(BAD[kind]).hexdigest()
-    with pytest.raises(UserError, match=side.name) as told:
+    with pytest.raises(UserError, match=side.name) as error:
         outcomes.read(record)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_bomb_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(outcomes, "LARGEST", 1000)
+def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(outcomes, "MAX_UNPACKED_BYTES", 1000)
     with pytest.raises(UserError, match="more than"):
         outcomes.read(written(tmp_path, right([1] * 500)))
 

@@ -1,4 +1,4 @@
-"""Advice from records: only what was measured, and what is missing."""
+"""Recommendations from records: only what was measured, and what was not."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ def test_only_rows_within_the_budget_are_named() -> None:
     assert facts["task"] == "gsm8k" and table["method"].tolist() == ["lora", "vera", "none"]
     assert table["score"].tolist() == pytest.approx([0.61, 0.51, 0.1])
     assert advice.beyond == 1 and advice.unknown == 1, "full is beyond, of oft the memory is not known"
-    ((_, free),) = recommend.recommend(records(), "embedded", "gsm8k").tables
-    assert free["method"].tolist() == ["full", "oft", "lora", "vera", "none"]
+    ((_, without_budget),) = recommend.recommend(records(), "embedded", "gsm8k").tables
+    assert without_budget["method"].tolist() == ["full", "oft", "lora", "vera", "none"]
 
 
-def test_what_is_missing_is_said() -> None:
+def test_what_was_not_measured_is_listed() -> None:
     text = "; ".join(recommend.recommend(records(), "embedded", "gsm8k", 2000).missing)
     assert "methods have no run here: " in text and "dora" in text and "vera," not in text
     assert "not ranked: none" in text and "not looked at: sst2" in text and "generated" in text
 
 
 def test_a_budget_that_nothing_fits() -> None:
-    kept = [r for r in records() if r.method != "none"]
-    advice = recommend.recommend(kept, "embedded", "gsm8k", 1)
+    trained = [r for r in records() if r.method != "none"]
+    advice = recommend.recommend(trained, "embedded", "gsm8k", 1)
     assert advice.tables == [] and advice.beyond == 4
 
 
 @pytest.mark.parametrize(("word", "fits"), [("gsm8k", True), ("MATH", True), ("gsm", True), ("law", False)])
 def test_tasks_like_this_one(word: str, fits: bool) -> None:
-    assert recommend.alike(make(task="gsm8k", suite="gsm8k"), word) == fits
-    assert recommend.alike(make(task="my-own-maths", suite="own"), "math")
+    assert recommend.matches_task(make(task="gsm8k", suite="gsm8k"), word) == fits
+    assert recommend.matches_task(make(task="my-own-maths", suite="own"), "math")
 
 
 def test_an_unknown_model_or_task() -> None:
@@ -85,6 +85,6 @@ def test_the_command(run_cli, tmp_path) -> None:
     assert table["table"][0]["method"] == "lora" and table["table"][0]["rank"] == 1
     code, out, _ = run_cli(f"{line} --max-trainable 3")
     assert code == 0 and "No measured row is within this budget" in out and "Beyond the budget: 1" in out
-    for extra, told in (("--max-trainable x", '"x"'), ("--results ./nowhere", "no such folder")):
+    for extra, message in (("--max-trainable x", '"x"'), ("--results ./nowhere", "no such folder")):
         code, out, err = run_cli(f"{line} {extra}")
-        assert code == 2 and told in err and err.count("\n") == 1
+        assert code == 2 and message in err and err.count("\n") == 1

@@ -66,15 +66,15 @@ def test_a_protocol_may_ask_for_the_median() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
-def test_the_interval_is_scipys(n: int) -> None:
+def test_the_confidence_interval_is_scipys(n: int) -> None:
     scores = np.random.default_rng(n).normal(size=n)
     low, high = stats.t.interval(0.95, n - 1, loc=scores.mean(), scale=stats.sem(scores))
-    half = ranks.interval(scores.tolist())
-    assert (scores.mean() - half, scores.mean() + half) == pytest.approx((low, high))
+    half_width = ranks.confidence_half_width(scores.tolist())
+    assert (scores.mean() - half_width, scores.mean() + half_width) == pytest.approx((low, high))
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert ranks.interval([0.5]) is None and ranks.interval([]) is None
+    assert ranks.confidence_half_width([0.5]) is None and ranks.confidence_half_width([]) is None
 
 
 DIFFERENT = {
@@ -150,7 +150,9 @@ def test_searches_with_the_same_budget_share_a_table() -> None:
     found = tables.tables([searched("lora", 0.1), searched("vb-lora", 0.2), searched("dora", 0.1, trials=9)])
     assert sorted(sorted(t["method"]) for _, t in found) == [["dora"], ["lora", "vb-lora"]]
     assert "warm-up searched" in formats.markdown(found)
-    assert len(tables.tables([make("lora"), make("dora", train={"warmup": 0.2})])) == 2, "told, not searched"
+    assert len(tables.tables([make("lora"), make("dora", train={"warmup": 0.2})])) == 2, (
+        "set by the user, not searched"
+    )
 
 
 def test_two_settings_of_a_method_are_two_rows() -> None:
@@ -183,7 +185,7 @@ def test_failed_runs_and_undefined_scores() -> None:
 
 
 def with_outcomes(folder, method: str, right: float, seeds: int = 3, rows: int = 200, **changes) -> list:
-    """Records with side files; a row is hard or easy for all methods alike."""
+    """Records with side files, right on this share of the rows; the same rows are hard for all methods."""
     hard, records = np.random.default_rng(0).random(rows), []
     for seed in range(seeds):
         noise = np.random.default_rng([seed, len(method)]).normal(size=rows) * 0.02
@@ -200,12 +202,13 @@ def test_ranks_and_tests_by_hand(tmp_path) -> None:
     records += with_outcomes(tmp_path, "lora", 0.6) + with_outcomes(tmp_path, "few", 0.9, seeds=2)
     records += [make("bare", s, 0.3, options={"r": s}) for s in range(3)]
     ((facts, table),) = tables.tables(records)
-    got = table.set_index("method")["rank"].to_dict()
-    assert (got["dora"], got["vera"], got["lora"]) == (1, 1, 3) and got["few"] is None and got["bare"] is None
+    rank = table.set_index("method")["rank"].to_dict()
+    assert (rank["dora"], rank["vera"], rank["lora"]) == (1, 1, 3)
+    assert rank["few"] is None and rank["bare"] is None
     p = table.set_index("method")["p_base"].to_dict()
     assert p["dora"] < 0.001 and p["lora"] is None and p["bare"] is None
-    best = table.set_index("method")["p_best"].to_dict()
-    assert best["few"] is None and best["lora"] < best["vera"] and best["bare"] is None
+    p = table.set_index("method")["p_best"].to_dict()
+    assert p["few"] is None and p["lora"] < p["vera"] and p["bare"] is None
     text = formats.markdown([(facts, table)])
     assert "| 3 | lora | 0." in text and "| <0.001 |" in text and "| 0.030 |" in text
 
@@ -218,21 +221,21 @@ def test_an_undefined_score_counts_for_no_seed(tmp_path) -> None:
     assert table.set_index("method")["seeds"].to_dict() == {"dora": 2, "lora": 3}
 
 
-def test_a_side_file_that_was_changed_is_told_and_not_used(tmp_path) -> None:
+def test_an_edited_side_file_is_reported_and_not_used(tmp_path) -> None:
     records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "lora", 0.6)
     bad = records[0].file.with_suffix(".examples.jsonl.gz")
     bad.write_bytes(bad.read_bytes() + b"x")
-    told: list[str] = []
-    ((_, table),) = tables.tables(records, complain=told.append)
-    assert len(told) == 1 and bad.name in told[0] and table["rank"].tolist() == [None, 1]
+    warnings: list[str] = []
+    ((_, table),) = tables.tables(records, warn=warnings.append)
+    assert len(warnings) == 1 and bad.name in warnings[0] and table["rank"].tolist() == [None, 1]
 
 
 def test_the_csv_files(tmp_path) -> None:
     records = with_outcomes(tmp_path, "lora", 0.6)
     records.append(make("=cmd()", task="-x", value=0.5, options={"a": "@b"}))
-    found = formats.files(tables.tables(records))
-    assert len(found) == 2 and all(re.fullmatch(r"[A-Za-z0-9._-]+\.csv", name) for name in found)
-    frames = pd.concat([pd.read_csv(io.StringIO(text)) for text in found.values()])
+    csv_files = formats.files(tables.tables(records))
+    assert len(csv_files) == 2 and all(re.fullmatch(r"[A-Za-z0-9._-]+\.csv", name) for name in csv_files)
+    frames = pd.concat([pd.read_csv(io.StringIO(text)) for text in csv_files.values()])
     assert frames["method"].tolist() in (["lora", "'=cmd()"], ["'=cmd()", "lora"])
     lora = frames[frames["method"] == "lora"].iloc[0]
     assert lora["score"] == pytest.approx(np.mean([r.score.value for r in records[:3]]))
@@ -253,15 +256,15 @@ def test_no_cell_of_a_csv_file_begins_a_row_or_a_formula(method: str) -> None:
 def test_only_tables_of_a_board_are_removed(run_cli, tmp_path) -> None:
     for record in with_outcomes(tmp_path / "in", "lora", 0.6):
         assert record.file
-    mine = tmp_path / "out" / "tables" / "sales-20240131.csv"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("task,amount\nx,1\n")
+    other = tmp_path / "out" / "tables" / "sales-20240131.csv"
+    other.parent.mkdir(parents=True)
+    other.write_text("task,amount\nx,1\n")
     assert run_cli(f"board {tmp_path / 'in'} --out {tmp_path / 'out'}")[0] == 0
-    (first,) = {*mine.parent.iterdir()} - {mine}
+    (first,) = {*other.parent.iterdir()} - {other}
     for record in with_outcomes(tmp_path / "other", "lora", 0.6, task="stsb"):
         assert record.file
     assert run_cli(f"board {tmp_path / 'other'} --out {tmp_path / 'out'}")[0] == 0
-    assert mine.is_file() and not first.exists() and len([*mine.parent.iterdir()]) == 2
+    assert other.is_file() and not first.exists() and len([*other.parent.iterdir()]) == 2
 
 
 HOSTILE = "<script>alert(1)</script>|a|\n\n# b `c` [d](javascript:e) \\| \x1b[31m"
@@ -282,7 +285,7 @@ def test_text_of_a_record_can_break_nothing() -> None:
 
 @pytest.mark.parametrize("key", ["steps", "batch_size", "lr", "precision", "max_length"])
 @pytest.mark.parametrize("value", ["x", None, [1], {"a": {"b": 1}}, True, -1, 10**400])
-def test_free_parts_of_a_record_may_hold_anything(key: str, value) -> None:
+def test_free_fields_of_a_record_may_hold_anything(key: str, value) -> None:
     found = tables.tables([make("odd", train={key: value}), make("lora"), make("none", train={"steps": 0})])
     formats.markdown(found)
     assert {m for _, t in found for m in t["method"]} == {"odd", "lora", "none"}
@@ -311,14 +314,14 @@ def test_a_device_or_source_of_another_type(value) -> None:
     assert formats.markdown(found).count("\n## ") == len(found) == 2
 
 
-def test_the_same_as_plain_json() -> None:
+def test_tables_as_plain_json() -> None:
     import json
 
     records = [make("lora", s, v) for s, v in enumerate((0.5, 0.7))] + [make("none", train={"steps": 0})]
-    (one,) = json.loads(json.dumps(formats.as_rows(tables.tables(records)), allow_nan=False))
-    assert one["steps"] == 100 and isinstance(one["rows"], int)
-    assert one["table"][0]["method"] == "lora" and one["table"][0]["score"] == pytest.approx(0.6)
-    assert one["table"][0]["trained"] == 1234 and one["table"][1]["ci95"] is None
+    (board,) = json.loads(json.dumps(formats.as_rows(tables.tables(records)), allow_nan=False))
+    assert board["steps"] == 100 and isinstance(board["rows"], int)
+    assert board["table"][0]["method"] == "lora" and board["table"][0]["score"] == pytest.approx(0.6)
+    assert board["table"][0]["trained"] == 1234 and board["table"][1]["ci95"] is None
 
 
 def test_the_committed_boards_are_those_of_the_committed_records(tmp_path) -> None:
@@ -327,10 +330,10 @@ def test_the_committed_boards_are_those_of_the_committed_records(tmp_path) -> No
     from peftzoo.cli import app
 
     results = Path(__file__).parents[2] / "results"
-    done = CliRunner().invoke(app, ["board", str(results), "--out", str(tmp_path)])
-    assert done.exit_code == 0 and "skipped" not in done.output, done.output
+    result = CliRunner().invoke(app, ["board", str(results), "--out", str(tmp_path)])
+    assert result.exit_code == 0 and "skipped" not in result.output, result.output
     assert (tmp_path / "board.md").read_text() == (results / "board.md").read_text(), "peftzoo board results"
-    made, kept = ({f.name: f for f in (p / "tables").iterdir()} for p in (tmp_path, results))
-    assert made.keys() == kept.keys()
-    for name in made:
-        pd.testing.assert_frame_equal(pd.read_csv(made[name]), pd.read_csv(kept[name]))
+    new, committed = ({f.name: f for f in (p / "tables").iterdir()} for p in (tmp_path, results))
+    assert new.keys() == committed.keys()
+    for name in new:
+        pd.testing.assert_frame_equal(pd.read_csv(new[name]), pd.read_csv(committed[name]))

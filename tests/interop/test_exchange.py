@@ -26,9 +26,9 @@ IN_PEFT = [name for name, cls in METHODS.items() if cls.peft and name != "prefix
 OPTIONS = {"boft": {"factors": 1, "block": 4}}
 """Where PEFT lacks the default."""
 SAME = {"lora-plus": "lora", "lora-pro": "lora", "krona": "lokr"}
-"""The same layer trained in another way: without our note beside it, it is read as the plain method."""
+"""The same layer trained in another way: without our report beside it, it is imported as the plain method."""
 REDRAWN = {"unilora": "hf:unilora", "randlora": "hf:randlora"}
-"""PEFT draws the frozen tensors in another way, so ours cannot be the same without the note on the seed."""
+"""PEFT draws the frozen tensors in another way: without the seed in our report, it stays HF PEFT's own."""
 
 NARROW = {
     "c3a": {"block_size": 8},
@@ -40,16 +40,16 @@ NARROW = {
 
 @pytest.fixture(autouse=True)
 def seed():
-    """New numbers in every run; the seed is shown when a test fails."""
+    """New random numbers in every run; pytest prints the seed when a test fails."""
     print("torch seed", torch.seed())
 
 
 @torch.no_grad()
-def disturbed(name: str, arch: str = "llama", **how):
-    """The method on a fresh tiny model, every trained tensor away from its start."""
+def perturbed(name: str, arch: str = "llama", **options):
+    """The method on a fresh tiny model, with noise added to every trained tensor."""
     cls = METHODS[name]
     case = Case(type(cls.__name__, (cls,), {"tiny": OPTIONS.get(name, cls.tiny)}), arch)
-    handle = case.attach(**how)
+    handle = case.attach(**options)
     for p in (*handle.parameters(), *handle.head.values()):
         p.add_(0.05 * torch.randn_like(p))
     return case, handle
@@ -60,42 +60,45 @@ def logits(model, case):
     return model(**{k: v for k, v in case.batches[0].items() if k != "labels"}).logits
 
 
-def near(got, want):
-    assert (got - want).abs().max() <= 1e-4 * want.abs().max().clamp_min(1.0)
+def assert_near(actual, expected):
+    """Equal up to 1e-4 of the largest value."""
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1.0)
 
 
 @pytest.mark.parametrize("name", IN_PEFT)
-def test_peft_loads_it_and_it_comes_back(name, tmp_path):
-    case, handle = disturbed(name, seed=77)
-    want, before = logits(handle.model, case), snapshot(handle.model)
+def test_peft_loads_the_export_and_it_is_imported_again(name, tmp_path):
+    case, handle = perturbed(name, seed=77)
+    expected, before = logits(handle.model, case), snapshot(handle.model)
     export.to_peft(handle, tmp_path / "out")
-    assert torch.equal(logits(handle.model, case), want)
+    assert torch.equal(logits(handle.model, case), expected)
     assert_unchanged(before, handle.model, "the export")
-    theirs = peft.PeftModel.from_pretrained(case.model(), tmp_path / "out").eval()
-    near(logits(theirs, case), want)
+    peft_model = peft.PeftModel.from_pretrained(case.model(), tmp_path / "out").eval()
+    assert_near(logits(peft_model, case), expected)
     for method in (name, SAME.get(name, REDRAWN.get(name, name))):
         model = case.model()
-        again, told = peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)
-        near(logits(model, case), want)
-        assert told["method"] == method and not told["ignored"]
+        again, summary = peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)
+        assert_near(logits(model, case), expected)
+        assert summary["method"] == method and not summary["ignored"]
         saving.save(again, tmp_path / method.replace(":", "-"))
-        near(logits(saving.load(case.model(), tmp_path / method.replace(":", "-")).model, case), want)
-        (tmp_path / "out" / export.REPORT).unlink(missing_ok=True)  # the second time without our note
+        assert_near(
+            logits(saving.load(case.model(), tmp_path / method.replace(":", "-")).model, case), expected
+        )
+        (tmp_path / "out" / export.REPORT_FILE).unlink(missing_ok=True)  # the second time without our report
 
 
 @pytest.mark.parametrize("arch", ["bert", "gpt2"])
 @pytest.mark.parametrize("name", ["lora", "unilora"])
 def test_a_head_goes_along(name, arch, tmp_path):
-    case, handle = disturbed(name, arch, head=Case(object, arch).head)
-    want = logits(handle.model, case)
+    case, handle = perturbed(name, arch, head=Case(object, arch).head)
+    expected = logits(handle.model, case)
     for to in (export.to_peft, export.to_lora):
         out = tmp_path / to.__name__
         to(handle, out)
-        near(logits(peft.PeftModel.from_pretrained(case.model(), out).eval(), case), want)
+        assert_near(logits(peft.PeftModel.from_pretrained(case.model(), out).eval(), case), expected)
     model = case.model()
-    again, told = peft_import.import_adapter(peft_import.read(tmp_path / "to_peft"), model)
-    near(logits(model, case), want)
-    assert told["method"] == name and list(again.head) == list(case.head)
+    again, summary = peft_import.import_adapter(peft_import.read(tmp_path / "to_peft"), model)
+    assert_near(logits(model, case), expected)
+    assert summary["method"] == name and list(again.head) == list(case.head)
 
 
 def test_options_are_found_again(tmp_path):
@@ -103,13 +106,13 @@ def test_options_are_found_again(tmp_path):
     options = {"r": 3, "alpha": 7.0, "scaling": "rslora", "dropout": 0.25, "targets": ("v", "down")}
     handle = peftzoo.attach(Case(object, "llama").model(), "lora", **options)
     export.to_peft(handle, tmp_path / "out")
-    (tmp_path / "out" / export.REPORT).unlink()
+    (tmp_path / "out" / export.REPORT_FILE).unlink()
     again, _ = peft_import.import_adapter(peft_import.read(tmp_path / "out"), Case(object, "llama").model())
     assert again.adapter.config == handle.adapter.config
 
 
 @pytest.mark.parametrize("kind", ["adalora", "c3a", "randlora", "trainable_tokens", "waveft"])
-def test_a_neighbour_goes_out_and_comes_back(kind, tmp_path):
+def test_a_method_of_hf_peft_is_exported_and_imported(kind, tmp_path):
     cls = registry.get(f"hf:{kind}")
     case = Case(type(cls.__name__, (cls,), {"tiny": NARROW.get(kind, {})}), "llama")
     handle = case.attach(seed=5)
@@ -117,10 +120,10 @@ def test_a_neighbour_goes_out_and_comes_back(kind, tmp_path):
         for p in handle.parameters():
             p.add_(0.2 * torch.randn_like(p))
     export.to_peft(handle, tmp_path / "out")
-    want, model = logits(handle.model, case), case.model()
-    near(logits(peft.PeftModel.from_pretrained(case.model(), tmp_path / "out").eval(), case), want)
+    expected, model = logits(handle.model, case), case.model()
+    assert_near(logits(peft.PeftModel.from_pretrained(case.model(), tmp_path / "out").eval(), case), expected)
     peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)
-    near(logits(model, case), want)
+    assert_near(logits(model, case), expected)
 
 
 def test_what_peft_itself_saved(tmp_path):
@@ -132,83 +135,83 @@ def test_what_peft_itself_saved(tmp_path):
         (peft.WaveFTConfig(n_frequency=40, target_modules=names), "hf:waveft"),
         (peft.LoraConfig(r=3, target_modules=names, rank_pattern={"q_proj": 2}), "hf:lora"),
     ):
-        theirs = peft.get_peft_model(case.model(), config).eval()
-        for p in theirs.parameters():
+        peft_model = peft.get_peft_model(case.model(), config).eval()
+        for p in peft_model.parameters():
             if p.requires_grad:
                 p.data.add_(0.3 * torch.randn_like(p))
-        theirs.save_pretrained(tmp_path / method)
+        peft_model.save_pretrained(tmp_path / method)
         model = case.model()
-        handle, told = peft_import.import_adapter(peft_import.read(tmp_path / method), model)
-        near(logits(model, case), logits(theirs, case))
-        assert told["method"] == method and [s.name for s in handle.sites] == names
+        handle, summary = peft_import.import_adapter(peft_import.read(tmp_path / method), model)
+        assert_near(logits(model, case), logits(peft_model, case))
+        assert summary["method"] == method and [s.name for s in handle.sites] == names
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_weight_change_as_a_lora(name, tmp_path):
     if name == "bitfit":
         pytest.skip("this model has no biases")
-    case, handle = disturbed(name)
+    case, handle = perturbed(name)
     if (
         not handle.adapter.mergeable or not handle.sites or handle.unfrozen or name == "red"
     ):  # it moves biases
         with pytest.raises(UserError, match=r"LoRA"):
             export.to_lora(handle, tmp_path / "out")
         return
-    want = logits(handle.model, case)
+    expected = logits(handle.model, case)
     report = export.to_lora(handle, tmp_path / "out")
-    assert report["exact"] and report["largest_error"] < export.EXACT
-    near(logits(peft.PeftModel.from_pretrained(case.model(), tmp_path / "out").eval(), case), want)
+    assert report["exact"] and report["largest_error"] < export.EXACT_TOLERANCE
+    assert_near(logits(peft.PeftModel.from_pretrained(case.model(), tmp_path / "out").eval(), case), expected)
     if report["rank"] > 1:
-        near_one = export.to_lora(handle, tmp_path / "one", rank=1)
+        rank_one = export.to_lora(handle, tmp_path / "one", rank=1)
         parts = [p for p in handle.adapter.parts.values() if p.site.kind == LINEAR]
         deltas = [p.delta(p.site.weight).detach().double() for p in parts]
-        left = [torch.linalg.svdvals(D)[1:].square().sum() for D in deltas]
-        whole = sum(D.square().sum() for D in deltas)
-        assert near_one["error"] == pytest.approx(float((sum(left) / whole) ** 0.5), rel=1e-3, abs=1e-6)
-        assert near_one["largest_error"] >= near_one["error"] and not near_one["exact"]
-        written = json.loads((tmp_path / "one" / export.REPORT).read_text())
-        assert written == near_one and written["layer_errors"].keys() == {p.site.name for p in parts}
+        errors = [torch.linalg.svdvals(D)[1:].square().sum() for D in deltas]
+        total = sum(D.square().sum() for D in deltas)
+        assert rank_one["error"] == pytest.approx(float((sum(errors) / total) ** 0.5), rel=1e-3, abs=1e-6)
+        assert rank_one["largest_error"] >= rank_one["error"] and not rank_one["exact"]
+        written = json.loads((tmp_path / "one" / export.REPORT_FILE).read_text())
+        assert written == rank_one and written["layer_errors"].keys() == {p.site.name for p in parts}
 
 
 def test_a_larger_rank_than_needed_is_exact(tmp_path):
-    case, handle = disturbed("lora-xs")
+    case, handle = perturbed("lora-xs")
     report = export.to_lora(handle, tmp_path / "out", rank=40)
     assert report["exact"] and report["rank"] == 40
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 40
-    near(
+    assert_near(
         logits(peft.PeftModel.from_pretrained(case.model(), tmp_path / "out"), case),
         logits(handle.model, case),
     )
 
 
-def test_the_sketch_finds_what_the_full_decomposition_finds():
+def test_the_randomised_svd_finds_what_the_full_decomposition_finds():
     B, A = torch.randn(300, 5, dtype=torch.float64), torch.randn(5, 200, dtype=torch.float64)
-    U, S, V = export.decomposed(B @ A, 8)
-    assert len(S) == 16  # from the sketch
+    U, S, V = export.low_rank_svd(B @ A, 8)
+    assert len(S) == 16  # from the randomised SVD
     torch.testing.assert_close(S[:5], torch.linalg.svdvals(B @ A)[:5])
     torch.testing.assert_close(U * S @ V, B @ A)
-    assert len(export.decomposed(torch.randn(60, 40), 8)[1]) == 40
+    assert len(export.low_rank_svd(torch.randn(60, 40), 8)[1]) == 40
 
 
 @pytest.mark.parametrize("name", ["lora", "full", "unilora", "ia3"])
 def test_merged_is_a_model_of_transformers(name, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    case, handle = disturbed(name)
-    want, before = logits(handle.model, case), snapshot(handle.model)
+    case, handle = perturbed(name)
+    expected, before = logits(handle.model, case), snapshot(handle.model)
     export.to_merged(handle, tmp_path / "out")
-    near(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), case), want)
+    assert_near(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), case), expected)
     assert_unchanged(before, handle.model, "the export")
 
 
 def test_merging_that_the_files_cannot_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"merging adds .*bias"):
-        export.to_merged(disturbed("red")[1], tmp_path / "out")
+        export.to_merged(perturbed("red")[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         ("melora", {}, 'HF PEFT has no "melora"'),
         ("boft", {"factors": 2, "block": 4}, "CUDA kernel"),
@@ -217,36 +220,36 @@ def test_merging_that_the_files_cannot_hold_is_refused(tmp_path):
         ("prefix-tuning", {}, "computes something else"),
     ],
 )
-def test_what_peft_cannot_hold_is_refused(name, options, said, tmp_path):
+def test_what_peft_cannot_hold_is_refused(name, options, message, tmp_path):
     handle = peftzoo.attach(Case(object, "llama").model(), name, **options)
     with torch.no_grad():
         for p in handle.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export.to_peft(handle, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-# -- hostile folders ------------------------------------------------------------------------------------
+# -- damaged folders ------------------------------------------------------------------------------------
 
 
-def spoil_config(**changes):
-    def spoil(folder):
+def change_config(**changes):
+    def damage(folder):
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
-    return spoil
+    return damage
 
 
-def spoil_tensors(change):
-    def spoil(folder):
+def change_tensors(change):
+    def damage(folder):
         from safetensors.torch import load_file, save_file
 
         tensors = load_file(folder / "adapter_model.safetensors")
         change(tensors)
         save_file(tensors, folder / "adapter_model.safetensors")
 
-    return spoil
+    return damage
 
 
 def truncate(folder):
@@ -263,63 +266,63 @@ def first(tensors):
     return min(tensors)
 
 
-SPOILT = {
-    "truncated": (truncate, "not a whole safetensors file"),
+DAMAGED = {
+    "truncated": (truncate, "damaged or no safetensors file"),
     "pickled": (only_pickle, "never read"),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "No such file"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "No such file"),
     "no json": (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), "not a JSON object"),
     "deep": (lambda f: (f / "adapter_config.json").write_text("[" * 99_999), "is not JSON"),
-    "no type": (spoil_config(peft_type=3), "names no peft_type"),
-    "foreign type": (spoil_config(peft_type="LORRA"), "did you mean"),
-    "prompt": (spoil_config(peft_type="PREFIX_TUNING"), "cannot run in this trainer"),
-    "wrong value": (spoil_config(r="many"), "option r='many'"),
-    "other rank": (spoil_config(r=5), "the model needs"),
-    "huge rank": (spoil_config(r=10**12), "the model needs"),
-    "other layers": (spoil_config(target_modules=["q_proj"]), "has foreign tensor"),
-    "no layers": (spoil_config(target_modules=["nowhere"]), "not found"),
-    "biases": (spoil_config(bias="all"), "trains biases"),
-    "missing": (spoil_tensors(lambda t: t.pop(first(t))), "lacks tensor"),
-    "foreign": (spoil_tensors(lambda t: t.update(x=torch.ones(2))), "has foreign tensor"),
-    "reshaped": (spoil_tensors(lambda t: t.update({first(t): torch.ones(3, 3)})), "the model needs"),
-    "not finite": (spoil_tensors(lambda t: t[first(t)].fill_(float("nan"))), "not finite"),
-    "integers": (spoil_tensors(lambda t: t.update({first(t): t[first(t)].long()})), "the model needs"),
+    "no type": (change_config(peft_type=3), "names no peft_type"),
+    "foreign type": (change_config(peft_type="LORRA"), "did you mean"),
+    "prompt": (change_config(peft_type="PREFIX_TUNING"), "cannot run in this trainer"),
+    "wrong value": (change_config(r="many"), "option r='many'"),
+    "other rank": (change_config(r=5), "the model needs"),
+    "huge rank": (change_config(r=10**12), "the model needs"),
+    "other layers": (change_config(target_modules=["q_proj"]), "has foreign tensor"),
+    "no layers": (change_config(target_modules=["nowhere"]), "not found"),
+    "biases": (change_config(bias="all"), "trains biases"),
+    "missing": (change_tensors(lambda t: t.pop(first(t))), "lacks tensor"),
+    "foreign": (change_tensors(lambda t: t.update(x=torch.ones(2))), "has foreign tensor"),
+    "reshaped": (change_tensors(lambda t: t.update({first(t): torch.ones(3, 3)})), "the model needs"),
+    "not finite": (change_tensors(lambda t: t[first(t)].fill_(float("nan"))), "not finite"),
+    "integers": (change_tensors(lambda t: t.update({first(t): t[first(t)].long()})), "the model needs"),
 }
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "out"
-    export.to_peft(disturbed("lora")[1], folder)
+    export.to_peft(perturbed("lora")[1], folder)
     return folder
 
 
-@pytest.mark.parametrize("what", SPOILT)
-def test_spoilt_folders_are_refused_and_the_model_left_alone(what, exported, tmp_path):
-    spoil, said = SPOILT[what]
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_folders_are_refused_and_the_model_left_alone(what, exported, tmp_path):
+    damage, message = DAMAGED[what]
     shutil.copytree(exported, tmp_path / "out")
-    spoil(tmp_path / "out")
+    damage(tmp_path / "out")
     model = Case(object, "llama").model()
     before, modules = snapshot(model), dict(model.named_modules())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)
     assert_unchanged(before, model, "a refused import")
     assert dict(model.named_modules()) == modules
 
 
-def test_a_foreign_note_beside_the_files_does_no_harm(tmp_path):
-    case, handle = disturbed("lora")
+def test_a_foreign_report_beside_the_files_does_no_harm(tmp_path):
+    case, handle = perturbed("lora")
     export.to_peft(handle, tmp_path / "out")
-    for note in (
+    for report in (
         {"to": "peft", "method": "lora", "config": 3, "seed": "x"},
         {"to": "peft", "method": "dora"},
         {},
     ):
-        (tmp_path / "out" / export.REPORT).write_text(json.dumps(note))
+        (tmp_path / "out" / export.REPORT_FILE).write_text(json.dumps(report))
         model = case.model()
         assert peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)[1]["method"] == "lora"
-        near(logits(model, case), logits(handle.model, case))
+        assert_near(logits(model, case), logits(handle.model, case))
 
 
 # -- runs and the command line --------------------------------------------------------------------------
@@ -338,6 +341,7 @@ def saved(tmp_path):
 
 
 def call(*words):
+    """The standard output of a `peftzoo` command; raises what it raises."""
     result = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=True)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -347,24 +351,26 @@ def call(*words):
 def test_commands(saved):
     _, loaded, folder = saved
     ids = loaded.tokenizer(["two plus two is four"], return_tensors="pt")["input_ids"]
-    want = loaded.model(ids).logits
-    told = json.loads(
+    expected = loaded.model(ids).logits
+    report = json.loads(
         call("export", folder / "saved", "--to", "lora", "--rank", 1, "--out", folder / "l", "--json")
     )
-    assert told["rank"] == 1 and 0 < told["error"] < 1
+    assert report["rank"] == 1 and 0 < report["error"] < 1
     assert "exact" in call("export", folder / "saved", "--to", "lora", "--out", folder / "l2")
     call("export", folder / "saved", "--to", "peft", "--out", folder / "p")
-    near(peft.PeftModel.from_pretrained(models.load("embedded").model, folder / "p")(ids).logits, want)
+    assert_near(
+        peft.PeftModel.from_pretrained(models.load("embedded").model, folder / "p")(ids).logits, expected
+    )
     assert "read as lora" in call("import", folder / "p", "--model", "embedded", "--out", folder / "back")
-    near(saved_runs.load(folder / "back").handle.model(ids).logits, want)
+    assert_near(saved_runs.load(folder / "back").handle.model(ids).logits, expected)
     call("export", folder / "saved", "--to", "merged", "--out", folder / "m")
     merged = models.load(str(folder / "m"))
-    near(merged.model(ids).logits, want)
+    assert_near(merged.model(ids).logits, expected)
     assert merged.tokenizer("four")["input_ids"] == loaded.tokenizer("four")["input_ids"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["export", "saved", "--to", "onnx", "--out", "x"], 'unknown form "onnx"'),
         (["export", "saved", "--to", "peft", "--rank", "3", "--out", "x"], "only --to lora has a rank"),
@@ -376,9 +382,9 @@ def test_commands(saved):
         (["import", "nowhere", "--out", "x"], "is no folder"),
     ],
 )
-def test_mistakes(words, said, saved, monkeypatch):
+def test_mistakes(words, message, saved, monkeypatch):
     monkeypatch.chdir(saved[2])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         call(*words)
 
 
@@ -393,9 +399,9 @@ def test_the_model_has_to_be_named_somewhere(saved):
         saved_runs.load_model(peft_import.read(folder / "p"))
 
 
-def record(**facts):
-
-    same = {
+def record(**fields):
+    """A valid record with these fields."""
+    defaults = {
         "measure_version": 1,
         "status": "ok",
         "created": "now",
@@ -403,9 +409,16 @@ def record(**facts):
         "task": "t",
         "model": "m",
     }
-    same |= {"suite": "s", "protocol": "p", "view": "generate", "task_version": 1.0, "method_config": {}}
-    same |= {"train_config": {}, "model_source": {}, "data": {}, "environment": {}, "command": "c", "seed": 0}
-    return Record(**same | facts)
+    defaults |= {"suite": "s", "protocol": "p", "view": "generate", "task_version": 1.0, "method_config": {}}
+    defaults |= {
+        "train_config": {},
+        "model_source": {},
+        "data": {},
+        "environment": {},
+        "command": "c",
+        "seed": 0,
+    }
+    return Record(**defaults | fields)
 
 
 def test_a_run_is_found_by_record_id_and_name(tmp_path):
@@ -413,20 +426,20 @@ def test_a_run_is_found_by_record_id_and_name(tmp_path):
 
     out, ids = tmp_path / "results", ["0" * 12, "1" * 12, "2" * 12]
     names = ["lora/t/m/s0", "dora/t/m/s0", "dora/t/m/s0"]
-    made = [store.write(out, record(id=i, name=n)) for i, n in zip(ids, names, strict=True)]
+    files = [store.write(out, record(id=i, name=n)) for i, n in zip(ids, names, strict=True)]
     for i in ids[:2]:
         (out / "adapters" / f"{i}-s0").mkdir(parents=True)
-    want = out / "adapters" / f"{ids[0]}-s0"
-    for what in (made[0], ids[0], f"{ids[0]}-s0", names[0], want):
-        assert saved_runs.find(str(what), out) == want
-    assert saved_runs.find(str(made[1]), tmp_path / "elsewhere") == out / "adapters" / f"{ids[1]}-s0"
-    for what, said in (
+    folder = out / "adapters" / f"{ids[0]}-s0"
+    for reference in (files[0], ids[0], f"{ids[0]}-s0", names[0], folder):
+        assert saved_runs.find(str(reference), out) == folder
+    assert saved_runs.find(str(files[1]), tmp_path / "elsewhere") == out / "adapters" / f"{ids[1]}-s0"
+    for reference, message in (
         ("dora/t/m/s0", "names 2 runs"),
         (ids[2], "no saved adapter"),
-        (made[2], "no saved adapter"),
+        (files[2], "no saved adapter"),
     ):
-        with pytest.raises(UserError, match=said):
-            saved_runs.find(str(what), out)
+        with pytest.raises(UserError, match=message):
+            saved_runs.find(str(reference), out)
 
 
 def test_the_base_of_a_run_is_pruned_again(saved):

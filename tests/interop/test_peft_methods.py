@@ -37,6 +37,7 @@ NARROW = {
 
 
 def case(kind: str, arch: str = "llama") -> Case:
+    """A conformance case of `hf:KIND` on a tiny model, with options that fit it."""
     cls = peft_methods.get(f"hf:{kind}")
     return Case(type(cls.__name__, (cls,), {"name": cls.name, "tiny": NARROW.get(kind, {})}), arch)
 
@@ -44,28 +45,29 @@ def case(kind: str, arch: str = "llama") -> Case:
 @pytest.mark.filterwarnings("ignore:Sparse invariant")
 @pytest.mark.parametrize("kind", peft_methods.tuners())
 def test_every_tuner_trains_saves_merges_and_leaves(kind, tmp_path):
-    one = case(kind)
-    model = one.model()
-    plain, before, keys = one.logits(model), snapshot(model), list(model.state_dict())
-    handle = one.attach(model)
-    start = one.logits(model)
-    losses = train(handle, one.batches, 6)
+    tuner_case = case(kind)
+    model = tuner_case.model()
+    base_logits, before, keys = tuner_case.logits(model), snapshot(model), list(model.state_dict())
+    handle = tuner_case.attach(model)
+    start = tuner_case.logits(model)
+    losses = train(handle, tuner_case.batches, 6)
     assert losses[-1] < losses[0] and list(model.state_dict()) == keys
     assert_unchanged(before, model, "training")
-    trained = one.logits(model)
+    trained = tuner_case.logits(model)
     assert (trained - start).abs().max() > 1e-4
     saving.save(handle, tmp_path)
-    again = saving.load(one.model(), tmp_path)
-    assert torch.equal(one.logits(again.model), trained)
+    again = saving.load(tuner_case.model(), tmp_path)
+    assert torch.equal(tuner_case.logits(again.model), trained)
     if handle.adapter.mergeable:
         with handle.merged():
-            torch.testing.assert_close(one.logits(model), trained, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(tuner_case.logits(model), trained, rtol=1e-3, atol=1e-3)
     else:
         with pytest.raises(UserError, match="cannot be merged"):
             handle.merge()
     handle.detach()
     assert_bare(model, kind)
-    assert torch.equal(one.logits(model), plain) and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(tuner_case.logits(model), base_logits)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -86,20 +88,20 @@ def test_conformance(kind, name):
 @pytest.mark.parametrize("arch", ["llama", "bert", "gpt2"])
 def test_same_loss_curve_as_ours_from_the_same_tensors(arch, tiny):
     base = tiny(arch)
-    ours = peftzoo.attach(copy.deepcopy(base), "lora", r=4, alpha=8.0, seed=5)
-    theirs = peftzoo.attach(copy.deepcopy(base), "hf:lora", r=4, lora_alpha=8)
-    start = ours.adapter.peft_state()
-    state = theirs.adapter.peft_state()
-    assert start.keys() == state.keys() and ours.trainable_count() == theirs.trainable_count()
+    own_lora = peftzoo.attach(copy.deepcopy(base), "lora", r=4, alpha=8.0, seed=5)
+    hf_lora = peftzoo.attach(copy.deepcopy(base), "hf:lora", r=4, lora_alpha=8)
+    start = own_lora.adapter.peft_state()
+    state = hf_lora.adapter.peft_state()
+    assert start.keys() == state.keys() and own_lora.trainable_count() == hf_lora.trainable_count()
     with torch.no_grad():
         for name, p in state.items():
             p.copy_(start[name])
     batches = Case(object, arch).batches
-    one, other = train(ours, batches, 8), train(theirs, batches, 8)
-    assert one[-1] < one[0]
-    torch.testing.assert_close(torch.tensor(other), torch.tensor(one), rtol=1e-4, atol=1e-5)
-    for name, p in ours.adapter.peft_state().items():
-        torch.testing.assert_close(theirs.adapter.peft_state()[name], p, rtol=1e-2, atol=1e-3)
+    our_losses, peft_losses = train(own_lora, batches, 8), train(hf_lora, batches, 8)
+    assert our_losses[-1] < our_losses[0]
+    torch.testing.assert_close(torch.tensor(peft_losses), torch.tensor(our_losses), rtol=1e-4, atol=1e-5)
+    for name, p in own_lora.adapter.peft_state().items():
+        torch.testing.assert_close(hf_lora.adapter.peft_state()[name], p, rtol=1e-2, atol=1e-3)
 
 
 def test_adalora_allocates_and_penalises_as_in_pefts_own_loop(tiny):
@@ -112,18 +114,18 @@ def test_adalora_allocates_and_penalises_as_in_pefts_own_loop(tiny):
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=2e-2, weight_decay=0.0
     )
-    want = []
+    expected = []
     for step in range(1, total + 1):
         optimizer.zero_grad()
         loss = model(**batches[step % len(batches)]).loss
         loss.backward()
         optimizer.step()
         model.base_model.update_and_allocate(step)
-        want.append(loss.item())
+        expected.append(loss.item())
     handle = peftzoo.attach(tiny("llama"), "hf:adalora", **options)
     assert handle.adapter.penalty() > 0
-    got = train(handle, batches, total)
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=1e-4)
+    losses = train(handle, batches, total)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     ranks = [int((p != 0).sum()) for n, p in handle.adapter.named_parameters() if n.endswith("lora_E")]
     assert sum(ranks) == 2 * len(names)
 
@@ -145,7 +147,7 @@ def test_roles_or_pefts_own_names(tiny):
 
 
 @pytest.mark.parametrize(
-    ("given", "field", "value"),
+    ("options", "field", "value"),
     [
         ({"r": "4"}, "r", 4),
         ({"use_dora": "true"}, "use_dora", True),
@@ -157,15 +159,15 @@ def test_roles_or_pefts_own_names(tiny):
         ({"layers_to_transform": "[0]"}, "layers_to_transform", [0]),
     ],
 )
-def test_options_are_read_by_their_types(given, field, value):
-    adapter = configure(registry.get("hf:lora"), given)
+def test_options_are_read_by_their_types(options, field, value):
+    adapter = configure(registry.get("hf:lora"), options)
     assert getattr(adapter.config, field) == value
     dumped = json.loads(adapter.config.model_dump_json())
     assert configure(registry.get("hf:lora"), dumped).config == adapter.config
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         ("hf:lorra", {}, 'unknown method "hf:lorra": did you mean "hf:lora"'),
         ("hf:xlora", {}, "mixes adapters that are trained already"),
@@ -180,10 +182,10 @@ def test_options_are_read_by_their_types(given, field, value):
         ("hf:lora", {"bias": "all"}, 'no option "bias"'),
     ],
 )
-def test_refusals_leave_the_model_alone(name, options, said, tiny):
+def test_refusals_leave_the_model_alone(name, options, message, tiny):
     model = tiny("llama")
     before, modules = snapshot(model), dict(model.named_modules())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         peftzoo.attach(model, name, **options)
     assert_unchanged(before, model, "a refused attach")
     assert dict(model.named_modules()) == modules and not hasattr(model, "peft_config")
@@ -198,7 +200,7 @@ def test_names_are_read_in_any_case():
 def test_without_peft_the_pip_line_is_shown(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install 'peftzoo\[peft\]'"):
-        peft_methods.library()
+        peft_methods.import_peft()
 
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "loha", "fourierft", "waveft"])
@@ -211,8 +213,8 @@ def test_counts_of_a_published_shape_are_pefts(kind):
     config = getattr(peft, registry.get(f"hf:{kind}").peft)(target_modules=["q_proj", "v_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(base, config)
-    assert handle.trainable_count() == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+        peft_model = peft.get_peft_model(base, config)
+    assert handle.trainable_count() == sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
 
 
 def test_a_tuner_that_reads_the_weights_says_so_on_a_large_shape():
@@ -222,7 +224,7 @@ def test_a_tuner_that_reads_the_weights_says_so_on_a_large_shape():
         peftzoo.attach(models.on_meta("llama-2-7b"), "hf:unilora")
 
 
-def test_profile_takes_a_neighbour():
+def test_profile_accepts_a_method_of_hf_peft():
     from peftzoo.measuring.step_profile import profile
 
     model = lambda: Case(object, "llama").model()  # noqa: E731

@@ -1,4 +1,4 @@
-"""Published settings: every one fits its method, and every printed count is ours or says why not."""
+"""Published settings: each one fits its method; each printed count is reproduced, or has a reason why not."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peftzoo.models import catalogue
 from peftzoo.records import published
 from peftzoo.runs.plan import Plan, Request
 
-WITH = [m for m in registry.methods() if published.presets(registry.get(m))]
+METHODS_WITH_PRESETS = [m for m in registry.methods() if published.presets(registry.get(m))]
 PAGE = Path(__file__).parents[2] / "results" / "paper_counts.md"
 
 
-@pytest.mark.parametrize("method", WITH)
+@pytest.mark.parametrize("method", METHODS_WITH_PRESETS)
 def test_presets_fit_their_method(method):
     cls = registry.get(method)
     for preset in published.presets(cls).values():
@@ -33,8 +33,8 @@ def test_presets_fit_their_method(method):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("published")
-def test_printed_counts_are_ours_or_explained():
-    rows = published.counts(WITH)
+def test_printed_counts_are_reproduced_or_explained():
+    rows = published.counts(METHODS_WITH_PRESETS)
     for r in rows:
         assert r["agrees"] != bool(r["reason"]), (
             f"{r['name']}: printed {r['printed']}, here {r['trainable_params']}"
@@ -43,29 +43,29 @@ def test_printed_counts_are_ours_or_explained():
 
 
 @pytest.mark.parametrize("unit", ["", "K", "M", "B"])
-def test_rounding_is_that_of_print(unit):
+def test_a_count_is_rounded_as_printed(unit):
     for _ in range(200):
         digits, factor = random.randint(0, 3), {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[unit]
-        ours = random.randint(1, 10 ** random.randint(4, 11))
-        printed = f"{ours / factor:.{digits}f}{unit}"
-        assert published.agrees(printed, ours)
-        assert not published.agrees(printed, ours + int(2 * factor))
+        counted = random.randint(1, 10 ** random.randint(4, 11))
+        printed = f"{counted / factor:.{digits}f}{unit}"
+        assert published.agrees(printed, counted)
+        assert not published.agrees(printed, counted + int(2 * factor))
 
 
 def test_integers_are_exact():
     assert published.agrees(294_912, 294_912) and not published.agrees(294_912, 294_913)
 
 
-def test_a_share_is_of_model_and_adapter():
+def test_a_percentage_is_of_model_and_adapter():
     for _ in range(200):
-        ours, model, digits = random.randint(1, 10**6), random.randint(10**5, 10**8), random.randint(0, 4)
-        share = ours / (ours + model)
-        assert published.agrees(f"{share:.{digits}%}", ours, model)
-        assert not published.agrees(f"{share + 2 * 10 ** -(digits + 2):.{digits}%}", ours, model)
+        counted, model, digits = random.randint(1, 10**6), random.randint(10**5, 10**8), random.randint(0, 4)
+        share = counted / (counted + model)
+        assert published.agrees(f"{share:.{digits}%}", counted, model)
+        assert not published.agrees(f"{share + 2 * 10 ** -(digits + 2):.{digits}%}", counted, model)
 
 
-def plan(**given) -> Plan:
-    return Plan(Request("lora", "gsm8k", preset="paper-pissa-math", **given))
+def plan(**options) -> Plan:
+    return Plan(Request("lora", "gsm8k", preset="paper-pissa-math", **options))
 
 
 def test_a_preset_sets_options_and_training():
@@ -114,7 +114,7 @@ def test_unknown_preset_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("a: {source: Table 1 of it, options: {}, colour: red}", "m.yaml: a.colour"),
         ("a: {source: Table 1 of it, train: {speed: 3}}", "speed is no training setting"),
@@ -126,13 +126,13 @@ def test_unknown_preset_names_the_nearest():
         ("a: {", "m.yaml: not YAML"),
     ],
 )
-def test_a_mistake_names_file_and_key(tmp_path, text, words):
+def test_a_mistake_names_file_and_key(tmp_path, text, message):
     (tmp_path / "m.py").write_text(
         "from peftzoo import Adapter\nclass M(Adapter):\n    name = 'm'\n    trains = False\n"
     )
     (tmp_path / "m.yaml").write_text(text)
     cls = registry.add_file(tmp_path / "m.py")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         published.presets(cls)
 
 

@@ -20,6 +20,7 @@ SCHEMA = Path(store.__file__).parent.parent / "assets" / "record.schema.json"
 
 
 def make(**changes) -> Record:
+    """A valid record of a run of LoRA, with some fields changed."""
     facts = {
         "measure_version": 1, "id": "0123456789ab", "name": "lora/sst2/embedded/s0", "status": "ok",
         "created": "2026-01-01T00:00:00+00:00", "method": "lora", "task": "sst2", "model": "embedded",
@@ -44,7 +45,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path) -> None:
     assert store.read(path) == record and [*store.read_all(tmp_path)] == [record]
 
 
-def test_other_outcomes_lie_apart(tmp_path) -> None:
+def test_failed_and_cancelled_runs_have_their_own_folders(tmp_path) -> None:
     for status in ("failed", "cancelled"):
         path = store.write(tmp_path, make(status=status, reason="why", score=None))
         assert path.relative_to(tmp_path).parts[0] == status
@@ -66,7 +67,7 @@ def test_outcomes_lie_beside_with_their_checksum(tmp_path) -> None:
     assert store.read(again).examples == facts, "the same outcomes give another file"
 
 
-# -- writing whole or not at all ------------------------------------------------------------------------
+# -- atomic writing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
@@ -86,12 +87,12 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, moment
 
 def test_a_crash_before_the_record_leaves_no_record(tmp_path, monkeypatch) -> None:
     """The outcomes are written first: a record never names a file that is not there."""
-    whole = write_atomically
+    original = write_atomically
 
     def crash(path: Path, data: bytes) -> None:
         if path.suffix == ".json":
             raise KeyboardInterrupt
-        whole(path, data)
+        original(path, data)
 
     monkeypatch.setattr(store, "write_atomically", crash)
     with pytest.raises(KeyboardInterrupt):
@@ -116,7 +117,7 @@ def test_no_name_leaves_the_folder(tmp_path, name: str) -> None:
     assert tmp_path.resolve() in path.resolve().parents and store.read(path) == record
 
 
-def test_long_names_stay_apart() -> None:
+def test_long_names_stay_different() -> None:
     assert store.slug("x" * 100 + "a") != store.slug("x" * 100 + "b")
 
 
@@ -126,16 +127,17 @@ def test_what_names_a_file_is_checked(bad: dict) -> None:
         make(**bad)
 
 
-def test_the_identity_follows_from_the_parts_and_not_their_order() -> None:
-    one = store.identity({"a": 1, "b": [1, 2]})
-    assert one == store.identity({"b": [1, 2], "a": 1}) and len(one) == 12
-    assert one != store.identity({"a": 1, "b": [2, 1]})
+def test_the_identity_follows_from_the_settings_and_not_their_order() -> None:
+    identity = store.identity({"a": 1, "b": [1, 2]})
+    assert identity == store.identity({"b": [1, 2], "a": 1}) and len(identity) == 12
+    assert identity != store.identity({"a": 1, "b": [2, 1]})
 
 
 # -- files that are no records --------------------------------------------------------------------------
 
 
 def text(**changes) -> str:
+    """The JSON text of `make`'s record, with some keys changed."""
     return json.dumps(json.loads(make().model_dump_json()) | changes)
 
 
@@ -151,7 +153,7 @@ BAD = {
     "large number": text(seed=10**30).encode(),
     "nan": text().replace('"value": 0.5', '"value": NaN').encode(),
     "infinity": text().replace('"value": 0.5', '"value": 1e999').encode(),
-    "nan in a free part": text().replace('"lr": 0.001', '"lr": NaN').encode(),
+    "nan in a free field": text().replace('"lr": 0.001', '"lr": NaN').encode(),
     "half a character": text().replace("sst2/embedded", "\\\\ud800").replace("\\\\", "\\").encode(),
     "not utf-8": text().encode() + b"\xff\xfe",
     "missing key": json.dumps(
@@ -168,10 +170,10 @@ def test_a_file_that_is_no_record_is_named(tmp_path, kind: str) -> None:
     file = tmp_path / "records" / "bad.json"
     file.parent.mkdir()
     file.write_bytes(BAD[kind])
-    with pytest.raises(UserError, match=r"bad\.json: not a record") as told:
+    with pytest.raises(UserError, match=r"bad\.json: not a record") as error:
         store.read(file)
-    assert "\n" not in str(told.value) and len(str(told.value)) < 600
-    str(told.value).encode()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    str(error.value).encode()
 
 
 def test_bad_files_do_not_hide_the_good_ones(tmp_path) -> None:
@@ -179,9 +181,9 @@ def test_bad_files_do_not_hide_the_good_ones(tmp_path) -> None:
     for kind, data in BAD.items():
         (tmp_path / "records" / f"{kind}.json").write_bytes(data)
     (tmp_path / "records" / "folder.json").mkdir()
-    found = [*store.read_all(tmp_path)]
-    assert len([f for f in found if isinstance(f, Record)]) == 1
-    assert len([f for f in found if isinstance(f, UserError)]) == len(BAD) + 1
+    results = [*store.read_all(tmp_path)]
+    assert len([r for r in results if isinstance(r, Record)]) == 1
+    assert len([r for r in results if isinstance(r, UserError)]) == len(BAD) + 1
 
 
 def test_random_damage_never_breaks_the_reader(tmp_path) -> None:
