@@ -28,7 +28,7 @@ def total(x: Tensor) -> Tensor:
 
 
 class _Summed(torch.autograd.Function):
-    """y = x W^T + b0 + u b. Kept: u (T, 1)."""
+    """y = x W^T + b0 + u b. Saved for backward: u (T, 1)."""
 
     @staticmethod
     def forward(ctx, x, W, b0, b):

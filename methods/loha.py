@@ -35,7 +35,7 @@ def rows(B1: Tensor, B2: Tensor) -> Tensor:
 
 
 class _Hadamard(torch.autograd.Function):
-    """y = x W^T + b + s (x R^T) L^T. Kept: x, the four factors and H = s x R^T (n, r^2)."""
+    """y = x W^T + b + s (x R^T) L^T. Saved for backward: x, the four factors and H = s x R^T (n, r^2)."""
 
     @staticmethod
     def forward(ctx, x, W, b, A1, B1, A2, B2, s):

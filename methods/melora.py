@@ -28,7 +28,7 @@ def groups(x: Tensor, n: int) -> Tensor:
 
 
 class _Blocks(torch.autograd.Function):
-    """y = x W^T + b + s concat_i((x_i A_i^T) B_i^T), added in place. Kept: x and s x_i A_i^T."""
+    """y = x W^T + b + s concat_i((x_i A_i^T) B_i^T), added in place. Saved for backward: x, s x_i A_i^T."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, s):

@@ -35,7 +35,7 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
 
 
 class _Shards(torch.autograd.Function):
-    """y = x W^T + b + S(x) D:  dD = S(x)^T dy, and dy D^T is added to every chunk of dx. Kept: S(x)."""
+    """y = x W^T + b + S(x) D:  dD = S(x)^T dy, and dy D^T is added to every chunk of dx. Saved: S(x)."""
 
     @staticmethod
     def forward(ctx, x, W, b, D):

@@ -58,7 +58,7 @@ def turned(M: Tensor, n: int, back: bool = False) -> Tensor:
 
 
 class _Shared(torch.autograd.Function):
-    """x (..., in) -> tile(M fold(x)) (..., out). Kept: M and fold(x)."""
+    """x (..., in) -> tile(M fold(x)) (..., out). Saved for backward: M and fold(x)."""
 
     @staticmethod
     def forward(ctx, x, M, out):
@@ -82,7 +82,7 @@ class _Shared(torch.autograd.Function):
 
 
 class _Turned(torch.autograd.Function):
-    """x (..., in) -> M R_k x_k for the blocks k, side by side, (..., out). Kept: M and x."""
+    """x (..., in) -> M R_k x_k for the blocks k, side by side, (..., out). Saved for backward: M and x."""
 
     @staticmethod
     def cut(x: Tensor, R: int) -> Tensor:

@@ -34,7 +34,7 @@ def scaled(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
 class _Chain(torch.autograd.Function):
     """s (x R^T) L^T with (L, R) = (B, U), or (U^T, B^T) where `up` is false, which is x dW^T.
 
-    Kept: x for U on the input side, x B for U on the output side, and the two diagonals.
+    Saved for backward: x for U on the input side, x B for U on the output side, and the two diagonals.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ from peftzoo.kernels import cast, fusable, low_rank
 
 
 class _EditedInput(torch.autograd.Function):
-    """y = (x + s (x psi^T) phi) W^T + b. Kept: x and H = s x psi^T (T, r)."""
+    """y = (x + s (x psi^T) phi) W^T + b. Saved for backward: x and H = s x psi^T (T, r)."""
 
     @staticmethod
     def forward(ctx, x, W, b, phi, psi, s):

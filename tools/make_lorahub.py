@@ -61,7 +61,7 @@ def rows(common: dict, out: Path, options: dict, seeds: int, tasks: tuple[str, .
         zero, few = (run(Request("none", t, **common), out)[0] for t in (five, f"bbh-fewshot-{task}"))
         asked = [Request("lorahub", five, seed=s, options=options, **common) for s in range(seeds)]
         hub = [run(request, out)[0] for request in asked]
-        answers = Plan(asked[0]).parts[0].rows.test["target"]
+        answers = Plan(asked[0]).eval_sets[0].rows.test["target"]
         most = Counter(answers).most_common(1)[0][1] / len(answers)
         found.append((task, score(zero), score(few), [score(r) for r in hub], most, len(answers)))
         print(f"{task}: {found[-1][1:]}", flush=True)

@@ -1,4 +1,4 @@
-"""Attach a method to a model, take it off, merge it, save it, load it."""
+"""Attach a method to a model, detach it, merge it into the base weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def configure(cls: type[Adapter], options: dict[str, Any]) -> Adapter:
     except UserError:
         raise
     except Exception as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f'method "{cls.name}" breaks when it is made ({told}): mend the plugin') from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f'method "{cls.name}" breaks when it is made ({reason}): mend the plugin') from error
 
 
 def attach(
@@ -47,9 +47,11 @@ def attach(
 ) -> Attached:
     """Freeze `model`, put the method's parts around its sites, and return the handle.
 
-    `head` names parameters of a fresh head that the engine trains beside the method and counts apart.
+    `head` names parameters of a newly initialised head, which is trained beside the method and counted
+    separately. `tokenizer` and `batches` (returns batches of training data) are for methods that read data.
     `install=False` leaves the model as it is until `Attached.on`, so that several handles may share it.
-    `options` are the fields of the method's `Config`. Raises `UserError` for an unknown method or option.
+    `options` are the fields of the method's `Config`. Raises `UserError`, leaving the model as it was, for an
+    unknown method, option or head parameter, and for a method that needs data where none is passed.
     """
     if isinstance(method, str):
         method = registry.get(method)
@@ -65,31 +67,36 @@ def attach(
 
 
 SavedLayer = tuple[nn.Module, Tensor, nn.Parameter | None, Tensor | None]
-"""A layer before merging: module, weight values, bias, bias values."""
+"""A linear layer before merging: module, weight values, bias parameter, bias values."""
 
 
 class Attached:
-    """A model with a method on it. `model` is used as before; the trained tensors are in `adapter`."""
+    """The handle of a model with a method attached, from `attach`.
+
+    `model` is used as before; the trained tensors are in `adapter`, beside `unfrozen` parameters of the base
+    and the `head`, both by name. `sites` are the places where the adapter has parts.
+    """
 
     def __init__(
         self, ctx: Context, adapter: Adapter, head: tuple[str, ...] = (), install: bool = True
     ) -> None:
         self.model, self.adapter, self.seed = ctx.model, adapter, ctx.seed
         params = dict(ctx.model.named_parameters())
-        if foreign := [n for n in head if n not in params]:
-            raise unknown("head parameter", foreign[0], params)
-        self._free = [p for p in params.values() if p.requires_grad]
-        self._before: str | None = None
-        self._wrapped: list[tuple[nn.Module, Callable | None, Callable]] = []
+        if missing := [n for n in head if n not in params]:
+            raise unknown("head parameter", missing[0], params)
+        self._trainable_before = [p for p in params.values() if p.requires_grad]
+        self._attention_before: str | None = None
+        self._wrapped: list[tuple[nn.Module, Callable | None, Callable]] = []  # module, own forward, ours
         try:
-            self._place(ctx, params, head)
+            self._create_parts(ctx, params, head)
             if install:
                 self._install()
         except Exception:
             self._restore_requires_grad()
             raise
 
-    def _place(self, ctx: Context, params: dict[str, nn.Parameter], head: tuple[str, ...]) -> None:
+    def _create_parts(self, ctx: Context, params: dict[str, nn.Parameter], head: tuple[str, ...]) -> None:
+        """Freeze the base but for what is trained, and let the adapter make its parts."""
         adapter = self.adapter
         for p in params.values():
             p.requires_grad_(False)
@@ -114,7 +121,7 @@ class Attached:
     def _restore_requires_grad(self) -> None:
         for p in self.model.parameters():
             p.requires_grad_(False)
-        for p in self._free:
+        for p in self._trainable_before:
             p.requires_grad_(True)
 
     # -- the trained tensors ------------------------------------------------------------------------
@@ -128,45 +135,50 @@ class Attached:
             yield f"base.{name}", p
 
     def parameters(self) -> list[nn.Parameter]:
+        """The tensors of `named_parameters`, without their names."""
         return [p for _, p in self.named_parameters()]
 
     def trainable_count(self) -> int:
-        """Trained numbers of the method, without the head."""
+        """Number of trained parameters of the method, without the head."""
         return sum(p.numel() for p in self.parameters())
 
     def head_count(self) -> int:
+        """Number of parameters of the head."""
         return sum(p.numel() for p in self.head.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a file holds: the method's tensors, trained ones of the base (`base.`), the head (`head.`)."""
-        own = {name: t.detach() for name, t in self.adapter.state_dict().items()}
-        own |= {f"base.{name}": p.detach() for name, p in self.unfrozen.items()}
-        return own | {f"head.{name}": p.detach() for name, p in self.head.items()}
+        """What is saved: the adapter's tensors, unfrozen base parameters (`base.`) and the head (`head.`)."""
+        tensors = {name: t.detach() for name, t in self.adapter.state_dict().items()}
+        tensors |= {f"base.{name}": p.detach() for name, p in self.unfrozen.items()}
+        return tensors | {f"head.{name}": p.detach() for name, p in self.head.items()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Copy values in. Raises `UserError`, before anything is changed, when names or shapes do not fit."""
-        mine = self.state_dict()
+        current = self.state_dict()
         for what, names in (
-            ("lacks", mine.keys() - tensors.keys()),
-            ("has foreign", tensors.keys() - mine.keys()),
+            ("lacks", current.keys() - tensors.keys()),
+            ("has foreign", tensors.keys() - current.keys()),
         ):
             if names:
                 raise UserError(
                     f'adapter file {what} tensor "{min(names)}" ({len(names)} in all): other model or method?'
                 )
-        for name, t in mine.items():
+        for name, t in current.items():
             if t.is_floating_point() != tensors[name].is_floating_point():
                 raise UserError(f'tensor "{name}" is {tensors[name].dtype}, the model needs {t.dtype}')
             if t.shape != tensors[name].shape:
                 raise UserError(
                     f'tensor "{name}" is {tuple(tensors[name].shape)}, the model needs {tuple(t.shape)}'
                 )
-        for name, t in mine.items():
+        for name, t in current.items():
             t.copy_(tensors[name])
 
     def optimizer(self, lr: float | None = None, head_lr: float | None = None) -> torch.optim.Optimizer:
-        """The method's optimiser; the head, if any, is a group of its own (default 1e-3)."""
+        """The method's optimiser; a head is a parameter group of its own, with learning rate `head_lr`.
+
+        The defaults are the method's own learning rate, and 1e-3 for the head.
+        """
         params = self.parameters()
         lr = self.adapter.lr if lr is None else lr
         head = {"params": list(self.head.values()), "lr": 1e-3 if head_lr is None else head_lr}
@@ -181,12 +193,12 @@ class Attached:
 
     def _install(self) -> None:
         parts = list(self.adapter.parts.values())
-        if around := {p.site.module: p for p in parts if p.site.kind == ATTENTION}:
-            self._before = attention.install(self.model, around)
+        if attention_parts := {p.site.module: p for p in parts if p.site.kind == ATTENTION}:
+            self._attention_before = attention.install(self.model, attention_parts)
         for part in parts:
             if part.site.kind != ATTENTION:
                 module = part.site.module
-                wrapped = functools.partial(_call, part, module.forward)
+                wrapped = functools.partial(_call_part, part, module.forward)
                 functools.update_wrapper(wrapped, module.forward)
                 self._wrapped.append((module, vars(module).get("forward"), wrapped))
                 module.forward = wrapped
@@ -195,24 +207,27 @@ class Attached:
         if any(module.forward is not wrapped for module, _, wrapped in self._wrapped):
             raise UserError("another method was attached to this model later: detach that one first")
         while self._wrapped:
-            module, before, _ = self._wrapped.pop()
+            module, own_forward, _ = self._wrapped.pop()
             del module.forward
-            if before is not None:
-                module.forward = before
-        if self._before is not None:
-            standing = [p.site.module for p in self.adapter.parts.values() if p.site.kind == ATTENTION]
-            attention.remove(self.model, standing, self._before)
-            self._before = None
+            if own_forward is not None:
+                module.forward = own_forward
+        if self._attention_before is not None:
+            modules = [p.site.module for p in self.adapter.parts.values() if p.site.kind == ATTENTION]
+            attention.remove(self.model, modules, self._attention_before)
+            self._attention_before = None
 
     def detach(self) -> nn.Module:
-        """Take every part off. The model is as before, bit for bit, except for values that were unfrozen."""
+        """Take every part off. The model is as before, bit for bit, except for unfrozen parameters.
+
+        Returns the model. Raises `UserError` when another method was attached later.
+        """
         self._uninstall()
         self._restore_requires_grad()
         return self.model
 
     @contextmanager
     def off(self) -> Iterator[nn.Module]:
-        """The model without the parts inside a `with`; afterwards they stand again."""
+        """Inside the `with`, the model has no parts; afterwards they are installed again."""
         self._uninstall()
         try:
             yield self.model
@@ -221,7 +236,7 @@ class Attached:
 
     @contextmanager
     def on(self) -> Iterator[nn.Module]:
-        """The model with the parts inside a `with`, for a handle made with `install=False`."""
+        """Inside the `with`, the model has the parts: for a handle made with `install=False`."""
         self._install()
         try:
             yield self.model
@@ -231,14 +246,17 @@ class Attached:
     # -- merging ------------------------------------------------------------------------------------
 
     def merge(self) -> nn.Module:
-        """Add the weight changes to the base for good and take the parts off."""
-        self._merge_all()
+        """Add the weight changes to the base for good, take the parts off, and return the model.
+
+        Raises `UserError` for a method that cannot be merged, and where modules share a weight.
+        """
+        self._merge_parts()
         return self.detach()
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """The merged model inside a `with`; afterwards base and parts are as they were, bit for bit."""
-        saved = self._merge_all()
+        """Inside the `with`, the model is merged; afterwards base and parts are as before, bit for bit."""
+        saved = self._merge_parts()
         try:
             yield self.model
         finally:
@@ -252,11 +270,11 @@ class Attached:
         self._install()
 
     @torch.no_grad()
-    def _merge_all(self) -> list[SavedLayer]:
-        """Put merged values into the base, all or none; returns what was there before."""
+    def _merge_parts(self) -> list[SavedLayer]:
+        """Merge every linear part into the base, all or none; returns the layers as they were before."""
         if not self.adapter.mergeable:
             raise UserError(f'method "{self.adapter.name}" cannot be merged into the base weights')
-        self._refuse_tied()
+        self._refuse_tied_weights()
         self._uninstall()
         saved: list[SavedLayer] = []
         try:
@@ -265,14 +283,14 @@ class Attached:
                     module = part.site.module
                     bias = module.bias
                     saved.append((module, module.weight.data, bias, None if bias is None else bias.data))
-                    _merge_one(part)
+                    _merge_part(part)
         except Exception:
             self._restore(saved)
             raise
         return saved
 
-    def _refuse_tied(self) -> None:
-        """A weight that two modules share cannot take the change of one of them."""
+    def _refuse_tied_weights(self) -> None:
+        """Raises `UserError` when a weight to be changed belongs to two modules."""
         users: dict[int, list[str]] = {}
         for name, module in self.model.named_modules():
             if (W := module._parameters.get("weight")) is not None:
@@ -284,7 +302,7 @@ class Attached:
                 )
 
 
-def _merge_one(part: Part) -> None:
+def _merge_part(part: Part) -> None:
     site, module = part.site, part.site.module
     W, bias = site.weight, module.bias
     new = (W.float() + part.delta(W.float())).to(W.dtype)
@@ -296,6 +314,6 @@ def _merge_one(part: Part) -> None:
         module.bias = nn.Parameter(b.to(W.dtype), requires_grad=False)
 
 
-def _call(part: Part, base: Callable, *args: Any, **kw: Any) -> Any:
-    attention.follow_mode(part)
+def _call_part(part: Part, base: Callable, *args: Any, **kw: Any) -> Any:
+    attention.sync_training_mode(part)
     return part(base, *args, **kw)

@@ -1,4 +1,4 @@
-"""Adapter folders that an option names. A record knows them by name and digest, never by place."""
+"""Adapter folders that an option names. A record holds their names and digests, never their paths."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pydantic import BeforeValidator, PlainSerializer
 from peftzoo.errors import UserError
 
 FILES = (("adapter.json", "adapter.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
-"""Card and tensors: as `peftzoo.save` writes them, and as HF PEFT does."""
+"""File names of card and tensors: as `peftzoo.save` writes them, and as HF PEFT does."""
 DIGITS = 16
+"""Hex digits of a digest."""
 
 
 @dataclass(frozen=True)
 class AdapterRef:
     """A saved adapter: the task it was trained on, or its folder's name, and a digest of its files.
 
-    Two are equal when their content is; `path` is None after a round trip through a record.
+    Two are equal when names and digests are; `path` is None after a round trip through a record.
     """
 
     name: str
@@ -34,17 +35,21 @@ class AdapterRef:
 
     @property
     def folder(self) -> Path:
+        """The adapter's folder. Raises `UserError` where only name and digest are known."""
         if self.path is None:
             raise UserError(f"{self}: only its name and digest are known here; name its folder")
         return self.path
 
 
-def _files(folder: Path) -> tuple[Path, Path] | None:
-    return next(((folder / c, folder / t) for c, t in FILES if (folder / c).is_file()), None)
+def _adapter_files(folder: Path) -> tuple[Path, Path] | None:
+    """Paths of card and tensors; None where the folder holds no adapter."""
+    pairs = ((folder / card, folder / tensors) for card, tensors in FILES)
+    return next((pair for pair in pairs if pair[0].is_file()), None)
 
 
-def _one(folder: Path) -> AdapterRef:
-    card, tensors = _files(folder)
+def _ref_from_folder(folder: Path) -> AdapterRef:
+    """Raises `ValueError`, which pydantic reports, when a file cannot be read or the card is not one."""
+    card, tensors = _adapter_files(folder)
     digest = hashlib.sha256()
     try:
         for file in (card, tensors):
@@ -58,26 +63,31 @@ def _one(folder: Path) -> AdapterRef:
     return AdapterRef(name, digest.hexdigest()[:DIGITS], folder)
 
 
-def _read(value: Any) -> list[AdapterRef]:
+def _refs_from_item(value: Any) -> list[AdapterRef]:
+    """The adapters of one item: a reference, `name@digest`, an adapter folder, or a folder of those."""
     if isinstance(value, AdapterRef):
         return [value]
-    if known := re.fullmatch(rf"([A-Za-z0-9._-]+)@([0-9a-f]{{{DIGITS}}})", str(value)):
-        return [AdapterRef(known[1], known[2])]
+    if match := re.fullmatch(rf"([A-Za-z0-9._-]+)@([0-9a-f]{{{DIGITS}}})", str(value)):
+        return [AdapterRef(match[1], match[2])]
     folder = Path(value).expanduser()
-    if _files(folder):
-        return [_one(folder)]
-    inside = sorted(p for p in folder.glob("*") if p.is_dir() and _files(p)) if folder.is_dir() else []
-    if not inside:
+    if _adapter_files(folder):
+        return [_ref_from_folder(folder)]
+    subfolders = (
+        sorted(p for p in folder.glob("*") if p.is_dir() and _adapter_files(p)) if folder.is_dir() else []
+    )
+    if not subfolders:
         raise ValueError(f'"{folder.name}" holds no adapter (adapter.json or adapter_config.json)')
-    return [_one(p) for p in inside]
+    return [_ref_from_folder(p) for p in subfolders]
 
 
-def _all(value: Any) -> Any:
-    given = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
-    return tuple(m for v in given for m in _read(v))
+def _parse_refs(value: Any) -> Any:
+    items = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
+    return tuple(ref for item in items for ref in _refs_from_item(item))
 
 
 Adapters = Annotated[
-    tuple[AdapterRef, ...], BeforeValidator(_all), PlainSerializer(lambda found: [str(g) for g in found])
+    tuple[AdapterRef, ...],
+    BeforeValidator(_parse_refs),
+    PlainSerializer(lambda refs: [str(ref) for ref in refs]),
 ]
-"""An option that names saved adapters: folders of them or folders that hold such folders, with commas."""
+"""An option that names saved adapters, separated by commas: adapter folders, or folders that hold some."""

@@ -1,4 +1,4 @@
-"""A saved adapter: `adapter.safetensors` and `adapter.json`, nothing that runs code when read."""
+"""Save and load adapters: `adapter.safetensors` and `adapter.json` (the card). Reading them runs no code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from peftzoo.contract import Context, registry
 from peftzoo.errors import UserError
 
 FORMAT = 1
+"""Version of the card."""
 _TENSORS, _CARD = "adapter.safetensors", "adapter.json"
 
 
 def save(attached: Attached, folder: str | Path, **extra: Any) -> int:
-    """Write the adapter to `folder`; returns the bytes of the tensor file. `extra` goes into the JSON."""
+    """Write the adapter to `folder`; returns the size of the tensor file in bytes. `extra` joins the card."""
     from safetensors.torch import save as to_bytes
 
     folder = Path(folder)
@@ -48,14 +49,14 @@ def load(
 ) -> Attached:
     """Attach the adapter saved in `folder` to `model`.
 
-    Raises `UserError` with the reason, leaving the model as it was, when the files are damaged or belong to
-    another model.
+    `tokenizer` and `batches` are those of `attach`. Raises `UserError` with the reason, leaving the model as
+    it was, when the files are damaged or belong to another model.
     """
     folder = Path(folder)
     card, tensors = read(folder)
     adapter = configure(registry.get(card["method"]), card["config"])
     ctx = Context(model, card["seed"], tokenizer, batches, saved=tensors)
-    attached = Attached(ctx, adapter, _head(model, card))
+    attached = Attached(ctx, adapter, _head_names(model, card))
     try:
         if [s.name for s in attached.sites] != card["sites"]:
             raise UserError("its parts stand at other layers than this model has")
@@ -66,9 +67,10 @@ def load(
     return attached
 
 
-def _head(model: nn.Module, card: dict[str, Any]) -> tuple[str, ...]:
-    known = {n for n, _ in model.named_parameters()}
-    missing = [str(n) for n in card["head"] if not isinstance(n, str) or n not in known]
+def _head_names(model: nn.Module, card: dict[str, Any]) -> tuple[str, ...]:
+    """The head parameters that the card lists. Raises `UserError` when the model lacks one."""
+    params = {n for n, _ in model.named_parameters()}
+    missing = [str(n) for n in card["head"] if not isinstance(n, str) or n not in params]
     if missing:
         raise UserError(
             f'the adapter has a head "{missing[0]}" that {type(model).__name__} lacks: load it with one'
@@ -77,7 +79,10 @@ def _head(model: nn.Module, card: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The card and the tensors of a saved adapter, checked against each other."""
+    """The card and the tensors of a saved adapter, checked against each other.
+
+    Raises `UserError` when a file is missing or damaged, or was written by a later version.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
@@ -90,7 +95,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f'adapter "{folder.name}" cannot be read: {error.strerror}') from None
     except (ValueError, RecursionError) as error:
         raise UserError(f'adapter "{folder.name}": {_CARD} is not JSON ({error})') from None
-    kinds = {
+    types = {
         "format": int,
         "method": str,
         "config": dict,
@@ -99,7 +104,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "head": list,
         "sha256": str,
     }
-    if not isinstance(card, dict) or any(type(card.get(k)) is not kind for k, kind in kinds.items()):
+    if not isinstance(card, dict) or any(type(card.get(k)) is not t for k, t in types.items()):
         raise UserError(f'adapter "{folder.name}": {_CARD} is not a peftzoo adapter card')
     if card["format"] != FORMAT:
         raise UserError(f'adapter "{folder.name}" has format {card["format"]}, this version reads {FORMAT}')

@@ -1,8 +1,8 @@
-"""The checks of a method: what a plugin must hold, tried on tiny models.
+"""Conformance checks: what every method must fulfil, tested on tiny models.
 
-`suite` lists and runs the checks, for pytest and for `peftzoo check`; `rules` says what a check is and when
-it applies, `cases` builds the models. The checks themselves: `plugin` (the file), `placement` (where parts
-stand), `training`, `weights` (merging, saving, memory, generation).
+`suite` lists and runs the checks, for pytest and for `peftzoo check`; `rules` defines what a check is and
+when it applies, `cases` builds the models. The checks themselves: `plugin` (the file), `placement` (where
+parts are), `training`, `weights` (merging, saving, memory, generation).
 """
 
 from __future__ import annotations

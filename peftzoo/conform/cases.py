@@ -1,6 +1,6 @@
-"""What the conformance checks stand on: tiny random models, batches, one short training loop.
+"""Test cases of the conformance checks: tiny random models, batches, a short training loop, assertions.
 
-Three architectures that differ where methods go wrong: `bert` (bidirectional, biases everywhere, a head),
+Three architectures that differ in what methods get wrong: `bert` (bidirectional, biases everywhere, a head),
 `llama` (a language model with grouped key/value heads, no biases, tied embeddings), `gpt2` (transposed and
 fused layers, a head on the last token). Width 32, two layers, 50 tokens, no dropout.
 """
@@ -23,6 +23,7 @@ from peftzoo.errors import UserError
 ARCHS = ("bert", "llama", "gpt2")
 HEADS = {"bert": ("classifier.weight", "classifier.bias"), "llama": (), "gpt2": ("score.weight",)}
 LR = 2e-2
+"""Learning rate of the short training loop."""
 
 
 class Skip(Exception):
@@ -30,26 +31,29 @@ class Skip(Exception):
 
 
 def build(arch: str) -> nn.Module:
-    """A model with transformers' own initial weights. Works under `torch.device("meta")` too."""
+    """A tiny model with transformers' own initial weights. Works under `torch.device("meta")` too."""
     import transformers as hf
 
-    same = {"vocab_size": 50, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    shared = {"vocab_size": 50, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     if arch == "bert":
-        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return hf.BertForSequenceClassification(hf.BertConfig(**same, **size, **off))
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return hf.BertForSequenceClassification(hf.BertConfig(**shared, **size, **no_dropout))
     if arch == "llama":
         return hf.LlamaForCausalLM(
-            hf.LlamaConfig(**same, **size, num_key_value_heads=2, tie_word_embeddings=True)
+            hf.LlamaConfig(**shared, **size, num_key_value_heads=2, tie_word_embeddings=True)
         )
     size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64}
-    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return hf.GPT2ForSequenceClassification(hf.GPT2Config(**same, **size, **off))
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return hf.GPT2ForSequenceClassification(hf.GPT2Config(**shared, **size, **no_dropout))
 
 
 @torch.no_grad()
-def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights large enough that attention and non-linearities matter; biases, norms and zeros that count."""
+def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw weights large enough that attention, non-linearities, biases and norms matter; returns the model.
+
+    A tenth of the entries of every matrix is zero. The model is in eval mode.
+    """
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.ndim < 2:
@@ -61,60 +65,65 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @functools.lru_cache
 def _base(arch: str) -> nn.Module:
-    return enliven(build(arch))
+    return randomize_weights(build(arch))
 
 
 @functools.lru_cache
 def make_batches(arch: str) -> tuple[dict[str, Tensor], ...]:
     """Two batches of 6 rows and 7 tokens, half of the rows padded on the right."""
     g = torch.Generator().manual_seed(1)
-    out = []
+    batches = []
     for _ in range(2):
         ids = torch.randint(3, 50, (6, 7), generator=g)
         ids[:2, 5:] = 0
         ids[2, 3:] = 0
         labels = ids.masked_fill(ids == 0, -100) if arch == "llama" else torch.arange(6) % 3
-        out.append({"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels})
-    return tuple(out)
+        batches.append({"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels})
+    return tuple(batches)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One method on one architecture; every call gives a fresh model."""
+    """One method on one architecture. Every call of `model`, `attach` and `trained` makes a new model."""
 
     cls: type[Adapter]
     arch: str
 
     @property
     def batches(self) -> tuple[dict[str, Tensor], ...]:
+        """The training batches of the architecture."""
         return make_batches(self.arch)
 
     @property
     def head(self) -> tuple[str, ...]:
+        """Names of the parameters of the architecture's head."""
         return HEADS[self.arch]
 
     @property
     def context(self) -> dict[str, Any]:
-        """Training data for methods that ask for it; can be pickled."""
-        needed = self.cls(self.cls.Config(**self.cls.tiny)).needs_data
-        return {"batches": functools.partial(list, self.batches)} if needed else {}
+        """Arguments of `attach` and `load`: training data for methods that need it; can be pickled."""
+        needs_data = self.cls(self.cls.Config(**self.cls.tiny)).needs_data
+        return {"batches": functools.partial(list, self.batches)} if needs_data else {}
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A new model of the architecture, with the same weights every time."""
         return copy.deepcopy(_base(self.arch)).to(dtype)
 
-    def attach(self, model: nn.Module | None = None, **how: Any) -> Attached:
-        """The method with its options for narrow models, in eval mode."""
-        handle = attach(model or self.model(), self.cls, **self.context, **how, **self.cls.tiny)
+    def attach(self, model: nn.Module | None = None, **kwargs: Any) -> Attached:
+        """The method attached with its options for narrow models (`tiny`), in eval mode."""
+        handle = attach(model or self.model(), self.cls, **self.context, **kwargs, **self.cls.tiny)
         handle.adapter.eval()
         return handle
 
-    def trained(self, steps: int = 3, **how: Any) -> Attached:
-        handle = self.attach(**how)
+    def trained(self, steps: int = 3, **kwargs: Any) -> Attached:
+        """The method attached and trained for a few steps, in eval mode."""
+        handle = self.attach(**kwargs)
         train(handle, self.batches, steps)
         return handle
 
     @torch.no_grad()
     def logits(self, model: nn.Module) -> Tensor:
+        """The model's logits on the first batch."""
         return model(**self.batches[0]).logits
 
     def refusal(self) -> str:
@@ -136,34 +145,34 @@ def train(
     batches: tuple[dict[str, Tensor], ...],
     steps: int,
     lr: float = LR,
-    watch: Callable[[int, str], None] | None = None,
+    callback: Callable[[int, str], None] | None = None,
 ) -> list[float]:
-    """A few steps in the order that the contract promises; returns the losses and leaves eval mode on.
+    """Train for a few steps in the order of the contract; returns the losses. The model is then in eval mode.
 
-    `watch(step, stage)` is called before training and after each of forward, backward, after_backward,
-    step, after_step.
+    `callback(step, stage)` is called after each stage of a step: "forward", "backward", "after_backward",
+    "step", "after_step". Raises `Skip` for a method that does not train.
     """
     model, adapter = handle.model, handle.adapter
-    watch = watch or (lambda step, stage: None)
+    callback = callback or (lambda step, stage: None)
     if not adapter.trains:
         raise Skip("the method does not train")
     if adapter.searches:
-        return _search(handle, batches[0], steps, watch)
+        return _search(handle, batches[0], steps, callback)
     optimizer, losses = handle.optimizer(lr, head_lr=lr), []
     model.train()
     adapter.train()
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss = model(**batches[step % len(batches)]).loss + adapter.penalty()
-        watch(step, "forward")
+        callback(step, "forward")
         loss.backward()
-        watch(step, "backward")
+        callback(step, "backward")
         adapter.after_backward(step, steps)
-        watch(step, "after_backward")
+        callback(step, "after_backward")
         optimizer.step()
-        watch(step, "step")
+        callback(step, "step")
         adapter.after_step(step, steps)
-        watch(step, "after_step")
+        callback(step, "after_step")
         losses.append(loss.item())
     model.eval()
     adapter.eval()
@@ -171,34 +180,34 @@ def train(
 
 
 @torch.no_grad()
-def _search(handle: Attached, batch: dict[str, Tensor], steps: int, watch: Callable) -> list[float]:
+def _search(handle: Attached, batch: dict[str, Tensor], steps: int, callback: Callable) -> list[float]:
     """Losses before and after a search without gradients."""
     first = handle.model(**batch).loss.item()
     handle.adapter.search(lambda: handle.model(**batch).loss.item(), len(batch["labels"]), steps)
-    watch(steps, "after_step")
+    callback(steps, "after_step")
     return [first, handle.model(**batch).loss.item()]
 
 
-def snapshot(model: nn.Module, leave: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Copies of everything in the model's state but `leave`."""
-    return {k: v.clone() for k, v in model.state_dict().items() if k not in leave}
+def snapshot(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Copies of the tensors of the model's state dict, without the names in `exclude`."""
+    return {k: v.clone() for k, v in model.state_dict().items() if k not in exclude}
 
 
 def assert_unchanged(before: dict[str, Tensor], model: nn.Module, what: str) -> None:
-    """Every tensor in `before` is in the model, bit for bit."""
-    now = model.state_dict()
+    """Every tensor in `before` is in the model, bit for bit; `what` names the cause in the message."""
+    after = model.state_dict()
     for name, value in before.items():
-        assert name in now, f"{what}: the model lost {name}"
-        assert torch.equal(now[name], value), f"{what} changed {name}"
+        assert name in after, f"{what}: the model lost {name}"
+        assert torch.equal(after[name], value), f"{what} changed {name}"
 
 
 def assert_bare(model: nn.Module, what: str) -> None:
     """No wrapped call, no part and no changed attention is left on the model."""
     for name, module in model.named_modules():
-        left = {"forward", "_peftzoo_part"} & vars(module).keys()
-        assert not left, f"{what}: {name or 'the model'} keeps {left.pop()}"
-    chosen = model.config._attn_implementation
-    assert not chosen.startswith("peftzoo"), f"{what}: attention is still {chosen}"
+        remains = {"forward", "_peftzoo_part"} & vars(module).keys()
+        assert not remains, f"{what}: {name or 'the model'} keeps {remains.pop()}"
+    implementation = model.config._attn_implementation
+    assert not implementation.startswith("peftzoo"), f"{what}: attention is still {implementation}"
 
 
 def assert_close(a: Tensor, b: Tensor, what: str, tolerance: float = 2e-5) -> None:

@@ -1,4 +1,4 @@
-"""Checks of where a method stands and what it leaves alone."""
+"""Checks of where a method has parts and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftzoo.conform.cases import (
 from peftzoo.conform.rules import check
 
 
-def _free(handle: Attached) -> bool:
+def _keeps_base_values(handle: Attached) -> bool:
     """True when the method must leave every base value as it is."""
     return not handle.unfrozen and not handle.adapter.edits_base
 
@@ -30,7 +30,7 @@ def _free(handle: Attached) -> bool:
 def check_sites(case: Case) -> None:
     """Parts stand at the same places in the same order each time, or the architecture is refused clearly."""
     if reason := case.refusal():
-        assert len(reason) > 20, f"refused with too little said: {reason!r}"
+        assert len(reason) > 20, f"refused without a clear reason: {reason!r}"
         others = [a for a in ARCHS if not Case(case.cls, a).refusal()]
         assert others, f"the method is refused everywhere: {reason}"
         return
@@ -49,9 +49,9 @@ def check_sites(case: Case) -> None:
 def check_trainable(case: Case) -> None:
     """Only the method's own tensors and what it unfreezes are trained, in fp32; the head is counted apart."""
     handle = case.attach()
-    wanted = set(handle.unfrozen)
+    unfrozen = set(handle.unfrozen)
     for name, p in handle.model.named_parameters():
-        assert p.requires_grad == (name in wanted), f"{name}: requires_grad={p.requires_grad}"
+        assert p.requires_grad == (name in unfrozen), f"{name}: requires_grad={p.requires_grad}"
     for name, p in handle.named_parameters():
         assert p.dtype == torch.float32, f"{name} is {p.dtype}"
         assert torch.isfinite(p).all(), f"{name} is not finite"
@@ -61,10 +61,10 @@ def check_trainable(case: Case) -> None:
     assert half.trainable_count() == handle.trainable_count(), "the count depends on the dtype of the base"
     assert case.cls.trains or not handle.parameters(), "trains = False, but there is something to train"
     if case.head and case.cls.trains:
-        _head_apart(case, handle)
+        _assert_head_counted_separately(case, handle)
 
 
-def _head_apart(case: Case, without: Attached) -> None:
+def _assert_head_counted_separately(case: Case, without: Attached) -> None:
     handle = case.attach(head=case.head)
     assert list(handle.head) == list(case.head) and handle.head_count() > 0, "the head is not the head"
     assert not {id(p) for p in handle.head.values()} & {id(p) for p in handle.parameters()}, (
@@ -106,8 +106,8 @@ def check_base_untouched(case: Case) -> None:
     model = case.model()
     keys = list(model.state_dict())
     handle = case.attach(model)
-    free = {p.data_ptr() for p in handle.unfrozen.values()}  # by address: a tied tensor has two names
-    before = snapshot(model, tuple(k for k, v in model.state_dict().items() if v.data_ptr() in free))
+    unfrozen = {p.data_ptr() for p in handle.unfrozen.values()}  # by address: a tied tensor has two names
+    before = snapshot(model, tuple(k for k, v in model.state_dict().items() if v.data_ptr() in unfrozen))
     train(handle, case.batches, 3)
     assert list(model.state_dict()) == keys, "the keys of the base changed"
     if not case.cls.edits_base:
@@ -120,7 +120,7 @@ def check_detach(case: Case) -> None:
     model = case.model()
     logits, before = case.logits(model), snapshot(model)
     handle = case.attach(model)
-    if case.cls.trains and _free(handle):
+    if case.cls.trains and _keeps_base_values(handle):
         train(handle, case.batches, 2)
     handle.detach()
     assert_bare(model, "detach")

@@ -18,6 +18,7 @@ from peftzoo.contract import adapter
 from peftzoo.errors import UserError
 
 MAX_LINES = 150
+"""Limit on the length of a plugin's file."""
 
 
 @check(archs=())
@@ -36,10 +37,10 @@ def check_card(case: Case) -> None:
     lines = len(file.read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{file.name} has {lines} lines, at most {MAX_LINES} are allowed"
     assert cls.lr > 0, f"lr={cls.lr} is not positive"
-    _known_failures_are_real(cls)
+    _assert_known_failures_exist(cls)
 
 
-def _known_failures_are_real(cls: type) -> None:
+def _assert_known_failures_exist(cls: type) -> None:
     for key, reason in cls.known_failures.items():
         assert key.partition("[")[0] in NAMES, f"known_failures names no check: {key}"
         assert reason.strip(), f"known_failures[{key!r}] gives no reason"
@@ -62,9 +63,11 @@ def check_defaults(case: Case) -> None:
 def check_init_only_stores(case: Case) -> None:
     """Making an adapter keeps the options and draws or allocates nothing."""
     config, before = case.cls.Config(**case.cls.tiny), _random_state()
-    made = case.cls(config)
-    assert made.config is config, "config is not the one that was given"
-    assert not made.state_dict(), f"__init__ made {next(iter(made.state_dict()))}; make it in prepare()"
+    instance = case.cls(config)
+    assert instance.config is config, "config is not the one that was passed"
+    assert not instance.state_dict(), (
+        f"__init__ made {next(iter(instance.state_dict()))}; make it in prepare()"
+    )
     assert case.cls().config == case.cls.Config(), "without options, the defaults hold"
     assert _random_state() == before, "__init__ draws random numbers"
 
@@ -99,6 +102,7 @@ def check_unknown_key(case: Case) -> None:
 
 
 def _random_state() -> tuple:
+    """The global random states of torch, random and numpy."""
     import numpy
 
     legacy = numpy.random.get_state()

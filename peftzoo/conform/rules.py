@@ -1,4 +1,4 @@
-"""What makes a function a conformance check: its name, where it applies, and what it needs."""
+"""Conformance checks: the decorator that declares one, its name, where it applies, and what it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES: set[str] = set()
 
 @dataclass(frozen=True)
 class Check:
-    """A check and when to run it. Calling it runs it."""
+    """A check and when to run it. Calling it runs it; raises `Skip` where it does not apply."""
 
     function: Callable[[Case], None]
     archs: tuple[str, ...]
@@ -23,11 +23,12 @@ class Check:
 
     @property
     def name(self) -> str:
+        """The function's name, `check_...`."""
         return self.function.__name__
 
     @property
     def proves(self) -> str:
-        """One line: what a pass means."""
+        """What a pass means: the first line of the function's docstring."""
         return (self.function.__doc__ or "").strip().splitlines()[0]
 
     def __call__(self, case: Case) -> None:
@@ -41,11 +42,14 @@ class Check:
 def check(
     archs: tuple[str, ...] = ARCHS, trains: bool = False, slow: bool = False, refusable: bool = False
 ) -> Callable[[Callable[[Case], None]], Check]:
-    """Mark a check. `archs=()`: needs no model; `trains`: only for methods that train;
-    `refusable`: runs although the method declines the architecture."""
+    """Decorator that turns a function of a case into a `Check`.
 
-    def mark(function: Callable[[Case], None]) -> Check:
+    `archs=()`: needs no model; `trains`: only for methods that train; `slow`: left out of quick runs;
+    `refusable`: runs although the method declines the architecture.
+    """
+
+    def decorate(function: Callable[[Case], None]) -> Check:
         NAMES.add(function.__name__)
         return Check(function, archs, trains, slow, refusable)
 
-    return mark
+    return decorate

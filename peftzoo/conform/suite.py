@@ -21,12 +21,12 @@ from peftzoo.conform.rules import Check
 from peftzoo.contract import registry
 
 ANY = "-"
-"""Stands in the place of the architecture for checks that need no model."""
+"""In place of the architecture for checks that need no model."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one check said about one method. `outcome`: ok, failed, skipped or known."""
+    """The outcome of one check of one method: ok, failed, skipped or known (a declared failure)."""
 
     method: str
     check: str
@@ -39,16 +39,16 @@ class Result:
 
 @cache
 def checks() -> list[Check]:
-    """All checks, in the order in which they are best read."""
+    """All checks, in the order of the reports."""
     modules = (plugin, placement, training, weights)
     return [c for m in modules for c in vars(m).values() if isinstance(c, Check)]
 
 
 def plan(archs: Iterable[str] = ARCHS, slow: bool = True) -> list[tuple[Check, str]]:
-    """(check, architecture) for one method; `ANY` for a check that needs no model."""
-    chosen = [c for c in checks() if slow or not c.slow]
-    pairs = [(c, ANY) for c in chosen if not c.archs]
-    return pairs + [(c, arch) for arch in archs for c in chosen if arch in c.archs]
+    """The pairs (check, architecture) to run for one method; `ANY` for a check that needs no model."""
+    selected = [c for c in checks() if slow or not c.slow]
+    pairs = [(c, ANY) for c in selected if not c.archs]
+    return pairs + [(c, arch) for arch in archs for c in selected if arch in c.archs]
 
 
 def run(name: str, archs: Iterable[str] = ARCHS, slow: bool = True) -> list[Result]:
@@ -58,7 +58,7 @@ def run(name: str, archs: Iterable[str] = ARCHS, slow: bool = True) -> list[Resu
 
 
 def run_one(cls: type, check: Check, arch: str) -> Result:
-    """One check, with the global random state of the process left as it was."""
+    """Run one check, with the global random state left as it was; its errors become a `Result`."""
     start = time.perf_counter()
     known = cls.known_failures.get(f"{check.name}[{arch}]", cls.known_failures.get(check.name))
     outcome, reason, trace = "ok", "", ""
@@ -70,8 +70,8 @@ def run_one(cls: type, check: Check, arch: str) -> Result:
             outcome, reason = "skipped", str(skip)
         except Exception as error:
             trace = traceback.format_exc()
-            plain = isinstance(error, AssertionError) and str(error)
-            outcome, reason = "failed", str(error) if plain else f"{type(error).__name__}: {error}"
+            explained = isinstance(error, AssertionError) and str(error)
+            outcome, reason = "failed", str(error) if explained else f"{type(error).__name__}: {error}"
     if known is not None and outcome == "failed":
         outcome, reason = "known", f"{known} ({reason})"
     elif known is not None and outcome == "ok":

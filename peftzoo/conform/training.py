@@ -14,6 +14,7 @@ from peftzoo.conform.rules import check
 from peftzoo.contract import Context
 
 LEARN_STEPS, LEARN_MARGIN = 24, 0.05
+"""Steps of `check_learns`, and the relative fall of the loss that it asks for."""
 
 
 @check(trains=True)
@@ -22,67 +23,70 @@ def check_every_gradient(case: Case) -> None:
     if case.cls.searches:
         raise Skip("the method fits itself without gradients")
     handle = case.attach()
-    waiting = dict(handle.named_parameters())
+    remaining = dict(handle.named_parameters())
 
-    def watch(step: int, stage: str) -> None:
+    def callback(step: int, stage: str) -> None:
         if stage == "backward":
-            for name in [n for n, p in waiting.items() if p.grad is not None and p.grad.any()]:
-                del waiting[name]
+            for name in [n for n, p in remaining.items() if p.grad is not None and p.grad.any()]:
+                del remaining[name]
 
-    train(handle, case.batches, 4, watch=watch)
-    assert not waiting, f"no gradient in 4 steps: {', '.join(list(waiting)[:4])} ({len(waiting)} in all)"
+    train(handle, case.batches, 4, callback=callback)
+    assert not remaining, (
+        f"no gradient in 4 steps: {', '.join(list(remaining)[:4])} ({len(remaining)} in all)"
+    )
 
 
 @check(trains=True)
 def check_learns(case: Case) -> None:
     """The loss of one small batch falls by a margin."""
-    said = []
+    attempts = []
     for lr in dict.fromkeys((LR, case.cls.lr)):
         losses = train(case.attach(), case.batches[:1], LEARN_STEPS, lr)
         assert all(x == x for x in losses) or lr == LR, f"the loss is not a number at lr={lr}"
         if min(losses[-3:]) < (1 - LEARN_MARGIN) * losses[0]:
             return
-        said.append(f"{losses[0]:.4f} -> {losses[-1]:.4f} at lr={lr:g}")
-    raise AssertionError(f"the loss does not fall by {LEARN_MARGIN:.0%} in {LEARN_STEPS} steps: {said}")
+        attempts.append(f"{losses[0]:.4f} -> {losses[-1]:.4f} at lr={lr:g}")
+    raise AssertionError(f"the loss does not fall by {LEARN_MARGIN:.0%} in {LEARN_STEPS} steps: {attempts}")
 
 
 @check()
 def check_deterministic(case: Case) -> None:
     """The given seed decides every random number: same seed, same tensors and losses; other seed, others."""
-    drawn = []
+    keys = []
     original = Context.generator
 
     def spy(ctx: Context, key: str) -> torch.Generator:
-        drawn.append(key)
+        keys.append(key)
         return original(ctx, key)
 
     with patch.object(Context, "generator", spy):
         case.attach()
-    first = _story(case, seed=0, world=1)
-    again, other = _story(case, seed=0, world=2), _story(case, seed=1, world=1)
+    first = _run_tensors(case, seed=0, global_seed=1)
+    again = _run_tensors(case, seed=0, global_seed=2)
+    other = _run_tensors(case, seed=1, global_seed=1)
     assert first.keys() == again.keys(), "names differ between two runs"
     for name in first:
         assert torch.equal(first[name], again[name]), f"{name} depends on the global random state"
-    assert len(drawn) == len(set(drawn)), f"two tensors share the random key {_twice(drawn)!r}"
-    if drawn:
+    assert len(keys) == len(set(keys)), f"two tensors share the random key {_first_duplicate(keys)!r}"
+    if keys:
         assert any(not torch.equal(first[n], other[n]) for n in first), "another seed changes nothing"
 
 
-def _story(case: Case, seed: int, world: int) -> dict[str, Tensor]:
-    """Everything that a run makes: tensors at the start, losses, tensors at the end, logits."""
-    torch.manual_seed(world)
+def _run_tensors(case: Case, seed: int, global_seed: int) -> dict[str, Tensor]:
+    """All results of a run: the tensors at the start, the losses, the tensors at the end, the logits."""
+    torch.manual_seed(global_seed)
     state = torch.get_rng_state()
     handle = case.attach(seed=seed)
     assert torch.equal(torch.get_rng_state(), state), "attach() draws from the global random state"
-    told = {f"start {n}": t.clone() for n, t in handle.state_dict().items()}
+    tensors = {f"start {n}": t.clone() for n, t in handle.state_dict().items()}
     if case.cls.trains:
         torch.manual_seed(0)
-        told["losses"] = torch.tensor(train(handle, case.batches, 3))
-        told |= {f"end {n}": t.clone() for n, t in handle.state_dict().items()}
-    return told | {"logits": case.logits(handle.model)}
+        tensors["losses"] = torch.tensor(train(handle, case.batches, 3))
+        tensors |= {f"end {n}": t.clone() for n, t in handle.state_dict().items()}
+    return tensors | {"logits": case.logits(handle.model)}
 
 
-def _twice(keys: list[str]) -> str:
+def _first_duplicate(keys: list[str]) -> str:
     return next(k for k in keys if keys.count(k) > 1)
 
 
@@ -90,28 +94,28 @@ def _twice(keys: list[str]) -> str:
 def check_hooks(case: Case) -> None:
     """The penalty is a finite scalar; each hook changes own tensors only; the optimiser holds all of them."""
     handle = case.attach()
-    held = [id(p) for group in handle.optimizer().param_groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in handle.parameters()), (
+    optimized = [id(p) for group in handle.optimizer().param_groups for p in group["params"]]
+    assert sorted(optimized) == sorted(id(p) for p in handle.parameters()), (
         "optimizer() leaves tensors out, or adds"
     )
     base = {id(p): n for n, p in handle.model.named_parameters() if n not in handle.unfrozen}
     before = {} if case.cls.edits_base or handle.unfrozen else snapshot(handle.model)
 
-    def watch(step: int, stage: str) -> None:
+    def callback(step: int, stage: str) -> None:
         if stage == "forward":
             penalty = torch.as_tensor(handle.adapter.penalty())
             assert penalty.ndim == 0 and torch.isfinite(penalty), f"penalty() gives {penalty}"
         if stage == "backward":
-            grown = [base[id(p)] for p in handle.model.parameters() if id(p) in base and p.grad is not None]
-            assert not grown, f"the frozen {grown[0]} has a gradient"
+            leaked = [base[id(p)] for p in handle.model.parameters() if id(p) in base and p.grad is not None]
+            assert not leaked, f"the frozen {leaked[0]} has a gradient"
         if stage.startswith("after"):
             assert_unchanged(before, handle.model, stage)
-            _all_finite(handle, stage)
+            _assert_finite(handle, stage)
 
-    train(handle, case.batches, 4, watch=watch)
+    train(handle, case.batches, 4, callback=callback)
 
 
-def _all_finite(handle: Attached, stage: str) -> None:
+def _assert_finite(handle: Attached, stage: str) -> None:
     for name, p in handle.named_parameters():
         finite = torch.isfinite(p).all() and (p.grad is None or torch.isfinite(p.grad).all())
         assert finite, f"{stage}: {name} or its gradient is not finite"
@@ -128,13 +132,14 @@ def check_checkpointing(case: Case) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.2x renames it
         handle.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    saved = _gradients(case, handle)
-    assert plain.keys() == saved.keys(), "other tensors have a gradient with checkpointing"
+    checkpointed = _gradients(case, handle)
+    assert plain.keys() == checkpointed.keys(), "other tensors have a gradient with checkpointing"
     for name, g in plain.items():
-        assert_close(saved[name], g, f"gradient of {name} with checkpointing")
+        assert_close(checkpointed[name], g, f"gradient of {name} with checkpointing")
 
 
 def _gradients(case: Case, handle: Attached) -> dict[str, Tensor]:
+    """Gradients of the trained tensors on the first batch, in train mode."""
     handle.model.train()
     handle.adapter.train()
     for p in handle.parameters():

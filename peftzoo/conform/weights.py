@@ -18,15 +18,16 @@ from peftzoo.contract import LINEAR, Part
 from peftzoo.errors import UserError
 
 
-def _settled(case: Case, **how) -> Attached:
-    """After a few steps where the method trains, as attached where it does not."""
-    return case.trained(**how) if case.cls.trains else case.attach(**how)
+def _trained_or_attached(case: Case, **kwargs) -> Attached:
+    """The method after a few steps where it trains, as attached where it does not."""
+    return case.trained(**kwargs) if case.cls.trains else case.attach(**kwargs)
 
 
 def _linear_parts(case: Case) -> tuple[Attached, list[Part]]:
+    """The trained method and its parts at linear layers. Raises `Skip` without such parts."""
     if not case.cls.mergeable:
         raise Skip("the method is not a weight change (mergeable = False)")
-    handle = _settled(case)
+    handle = _trained_or_attached(case)
     parts = [p for p in handle.adapter.parts.values() if p.site.kind == LINEAR]
     if not parts:
         raise Skip("no part stands at a linear layer")
@@ -34,6 +35,7 @@ def _linear_parts(case: Case) -> tuple[Attached, list[Part]]:
 
 
 def _input(part: Part, tokens: int) -> Tensor:
+    """A random input (1, tokens, in) of the part's layer."""
     return torch.randn(1, tokens, part.site.shape[1], generator=torch.Generator().manual_seed(3))
 
 
@@ -51,7 +53,7 @@ def check_forward_is_delta(case: Case) -> None:
 @check()
 def check_merge(case: Case) -> None:
     """Merging keeps the logits and leaves nothing behind; `merged()` restores bit for bit [mergeable]."""
-    handle = _settled(case)
+    handle = _trained_or_attached(case)
     model, before, logits = handle.model, snapshot(handle.model), case.logits(handle.model)
     if not case.cls.mergeable:
         try:
@@ -74,7 +76,7 @@ def check_merge(case: Case) -> None:
 @check()
 def check_reload(case: Case) -> None:
     """A saved adapter gives equal logits on a fresh model; the file holds what was trained, not the base."""
-    handle = _settled(case, head=case.head if case.cls.trains else ())
+    handle = _trained_or_attached(case, head=case.head if case.cls.trains else ())
     with tempfile.TemporaryDirectory() as folder:
         size = saving.save(handle, folder)
         torch.manual_seed(99)
@@ -82,14 +84,16 @@ def check_reload(case: Case) -> None:
         tensors = saving.read(Path(folder))[1]
     again.adapter.eval()
     assert torch.equal(case.logits(again.model), case.logits(handle.model)), "logits differ after reloading"
-    numbers = handle.trainable_count() + handle.head_count()
-    allowed = int(4.4 * numbers) + 256 * len(tensors) + 1024
-    assert size <= allowed, f"the file has {size} bytes for {numbers} trained numbers (at most {allowed})"
+    count = handle.trainable_count() + handle.head_count()
+    allowed = int(4.4 * count) + 256 * len(tensors) + 1024
+    assert size <= allowed, f"the file has {size} bytes for {count} trained parameters (at most {allowed})"
     base = {tuple(v.shape): v for v in case.model().state_dict().values() if v.ndim == 2}
     for name, t in tensors.items():
         same = base.get(tuple(t.shape))
-        own = name.startswith(("base.", "head."))
-        assert own or same is None or not torch.equal(same, t), f"{name} in the file is a tensor of the base"
+        trained = name.startswith(("base.", "head."))
+        assert trained or same is None or not torch.equal(same, t), (
+            f"{name} in the file is a tensor of the base"
+        )
 
 
 @check()
@@ -106,29 +110,33 @@ def check_damaged(case: Case) -> None:
             (folder / "adapter.safetensors").read_bytes(),
         )
         _, tensors = saving.read(folder)
-        spoilt = {"truncated": (card, data[:-3]), "garbage": (_signed(card, data[: len(data) // 2]), None)}
-        spoilt["foreign method"] = ({**card, "method": "no-such-method"}, data)
+        damaged = {
+            "truncated": (card, data[:-3]),
+            "garbage": (_with_checksum(card, data[: len(data) // 2]), None),
+        }
+        damaged["foreign method"] = ({**card, "method": "no-such-method"}, data)
         if tensors:
             first, *rest = sorted(tensors)
             wrong = {**tensors, first: torch.zeros(*tensors[first].shape, 2)}
-            spoilt["reshaped"] = (_signed(card, to_bytes(wrong)), None)
-            spoilt["incomplete"] = (_signed(card, to_bytes({n: tensors[n] for n in rest})), None)
-        for what, (new_card, new_data) in spoilt.items():
+            damaged["reshaped"] = (_with_checksum(card, to_bytes(wrong)), None)
+            damaged["incomplete"] = (_with_checksum(card, to_bytes({n: tensors[n] for n in rest})), None)
+        for what, (new_card, new_data) in damaged.items():
             new_card = dict(new_card)
             (folder / "adapter.safetensors").write_bytes(new_card.pop("_data", None) or new_data)
             (folder / "adapter.json").write_text(json.dumps(new_card))
-            _refused(case, case.arch, folder, what)
+            _assert_refused(case, case.arch, folder, what)
         if tensors:
             saving.save(handle, folder)
-            _refused(case, ARCHS[ARCHS.index(case.arch) - 1], folder, "foreign architecture")
+            _assert_refused(case, ARCHS[ARCHS.index(case.arch) - 1], folder, "foreign architecture")
 
 
-def _signed(card: dict, data: bytes) -> dict:
+def _with_checksum(card: dict, data: bytes) -> dict:
     """The card with a checksum that fits the data, so that only the content is wrong."""
     return {**card, "sha256": hashlib.sha256(data).hexdigest(), "_data": data}
 
 
-def _refused(case: Case, arch: str, folder: Path, what: str) -> None:
+def _assert_refused(case: Case, arch: str, folder: Path, what: str) -> None:
+    """Loading the folder on a model of `arch` raises `UserError` and leaves the model as it was."""
     target = Case(case.cls, arch)
     model = target.model()
     before = snapshot(model)
@@ -151,15 +159,17 @@ def check_memory(case: Case) -> None:
     parts = [p for p in parts if type(p).forward is not Part.forward]
     if not parts:
         raise Skip("every part uses the default forward, which builds W + delta(W)")
-    own = {t.untyped_storage().data_ptr() for m in (handle.model, handle.adapter) for t in _tensors(m)}
+    existing = {t.untyped_storage().data_ptr() for m in (handle.model, handle.adapter) for t in _tensors(m)}
     for part in parts:
         out, in_ = part.site.shape
-        kept: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
             part.site.module(_input(part, 2).requires_grad_())
-        for t in kept:
-            known = t.untyped_storage().data_ptr() in own
-            assert known or t.numel() < out * in_, f"{part.site.name} keeps {tuple(t.shape)} for backward"
+        for t in saved:
+            reused = t.untyped_storage().data_ptr() in existing
+            assert reused or t.numel() < out * in_, f"{part.site.name} saves {tuple(t.shape)} for backward"
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -169,7 +179,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 @check(archs=("llama",), slow=True)
 def check_compile(case: Case) -> None:
     """torch.compile takes the whole model in one graph and computes the same."""
-    handle = _settled(case)
+    handle = _trained_or_attached(case)
     logits = case.logits(handle.model)
     torch._dynamo.reset()
     out = torch.compile(handle.model, fullgraph=True, backend="eager")(**case.batches[0])
@@ -182,15 +192,15 @@ def check_compile(case: Case) -> None:
 @check(archs=("llama",))
 def check_generate(case: Case) -> None:
     """Generating with the key/value cache gives the tokens that it gives without; padding changes nothing."""
-    model = _settled(case).model
+    model = _trained_or_attached(case).model
     ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(5))
-    how = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    options = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
-    cached, plain = (model.generate(ids, attention_mask=mask, use_cache=c, **how) for c in (True, False))
+    cached, plain = (model.generate(ids, attention_mask=mask, use_cache=c, **options) for c in (True, False))
     assert torch.equal(cached, plain), "the cache changes the tokens"
     mask[1, :3] = 0
-    padded = model.generate(ids * mask, attention_mask=mask, **how)[1, 6:]
-    single = model.generate(ids[1:, 3:], attention_mask=mask[1:, 3:], **how)[0, 3:]
+    padded = model.generate(ids * mask, attention_mask=mask, **options)[1, 6:]
+    single = model.generate(ids[1:, 3:], attention_mask=mask[1:, 3:], **options)[0, 3:]
     assert torch.equal(padded, single), (
         f"left padding changes the tokens: {padded.tolist()}, {single.tolist()}"
     )
@@ -201,17 +211,17 @@ def check_choices(case: Case) -> None:
     """Continuations scored in one batch from prompts that they share score as each on its own."""
     from peftzoo.scoring.language_model import LanguageModel
 
-    model, g = _settled(case).model, torch.Generator().manual_seed(7)
+    model, g = _trained_or_attached(case).model, torch.Generator().manual_seed(7)
     prompts = [torch.randint(3, 50, (n,), generator=g).tolist() for n in (6, 3)]
-    asked = [
+    requests = [
         ("", prompt, torch.randint(3, 50, (n,), generator=g).tolist())
         for prompt in prompts
         for n in (1, 4, 2)
     ]
-    words = SimpleNamespace(pad_token_id=0, eos_token_id=2)
-    found = LanguageModel(model, words, 6, None)._loglikelihood_tokens(asked)
-    for (_, prompt, said), (value, _) in zip(asked, found, strict=True):
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    results = LanguageModel(model, tokenizer, 6, None)._loglikelihood_tokens(requests)
+    for (_, prompt, continuation), (value, _) in zip(requests, results, strict=True):
         with torch.no_grad():
-            logs = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        alone = logs.gather(-1, torch.tensor(said)[:, None]).sum()
-        assert_close(torch.tensor(value), alone, f"a continuation of {len(said)} tokens", 1e-4)
+            logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
+        single = logits.log_softmax(-1).gather(-1, torch.tensor(continuation)[:, None]).sum()
+        assert_close(torch.tensor(value), single, f"a continuation of {len(continuation)} tokens", 1e-4)

@@ -5,11 +5,12 @@ A method is one `Adapter` class in one file. The engine calls it in this order:
 1. `Adapter(config)` stores the options, nothing else; `bind(context)` hands over model, seed and data.
 2. `unfreeze(model)` names base parameters to train; `sites(model)` says where parts go.
 3. `prepare(sites)` makes what the parts share (a vector, a frozen pair), from data if the method needs it.
-4. `part(site)` once per site: the `Part` that stands around the site's original call.
-5. While training: `penalty()` joins the loss, `after_backward` may read or rewrite gradients, `after_step`
-   follows the optimiser's step. `optimizer(params, lr)` may choose the optimiser or group the parameters.
+4. `part(site)` once per site: the `Part` that wraps the site's original call.
+5. While training: `penalty()` is added to the loss, `after_backward` may read or rewrite gradients,
+   `after_step` follows the optimiser's step. `optimizer(params, lr)` may choose the optimiser or group the
+   parameters.
    A method that `searches` is called once instead: `search(loss, rows, steps)` fits it without gradients.
-6. `Part.delta(W)` and `Part.bias(b)` say what merging adds to the base.
+6. `Part.delta(W)` and `Part.bias(b)` return what merging changes in the base.
 7. `describe(text)`, at any time, where the method writes its weights from a description of the task.
 
 The trained tensors live in the adapter; the model keeps its own keys and, unless `unfreeze` or `edits_base`
@@ -33,8 +34,8 @@ from peftzoo.contract.roles import find_sites
 from peftzoo.contract.sites import LINEAR, Site
 
 
-def _split(value: Any) -> Any:
-    """`q,v` on the command line means two roles; a pattern (`re:...`) is kept whole."""
+def _split_targets(value: Any) -> Any:
+    """`q,v` on the command line means two roles; a pattern (`re:...`) stays one item, commas included."""
     if isinstance(value, str):
         return (
             (value,) if value.startswith("re:") else tuple(v.strip() for v in value.split(",") if v.strip())
@@ -42,7 +43,7 @@ def _split(value: Any) -> Any:
     return value
 
 
-Targets = Annotated[tuple[str, ...], BeforeValidator(_split), Field(min_length=1)]
+Targets = Annotated[tuple[str, ...], BeforeValidator(_split_targets), Field(min_length=1)]
 
 
 class Config(BaseModel):
@@ -53,15 +54,15 @@ class Config(BaseModel):
 
 @dataclass
 class Context:
-    """What a method may know when it is attached: the model, a seed and, on request, data."""
+    """What a method gets when it is attached: the model, a seed and, where `needs_data`, training data."""
 
     model: nn.Module
     seed: int = 0
     tokenizer: Any = None
     batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None
-    """Gives batches of training data, for methods with `needs_data`."""
+    """Returns batches of training data (keyword arguments of the model), for methods with `needs_data`."""
     saved: dict[str, Tensor] | None = None
-    """While a saved adapter is loaded: its tensors. No data is at hand then, and none is needed."""
+    """While a saved adapter is loaded: its state dict. Data may then be absent, and none is needed."""
 
     @property
     def meta(self) -> bool:
@@ -80,22 +81,23 @@ class Context:
         return torch.empty(shape).uniform_(-bound, bound, generator=self.generator(key))
 
     def normal(self, *shape: int, std: float, key: str) -> Tensor:
-        """N(0, std^2) in fp32, drawn as `uniform` is."""
+        """N(0, std^2) in fp32, drawn on the CPU from `generator(key)`; shapes only on meta."""
         if self.meta:
             return torch.empty(shape, device="meta")
         return torch.empty(shape).normal_(0.0, std, generator=self.generator(key))
 
     def shuffled(self, values: Tensor, key: str) -> Tensor:
-        """`values` (n,) in a random order."""
+        """`values` (n,) in a random order, drawn from `generator(key)`; shape only on meta."""
         if self.meta:
             return torch.empty_like(values, device="meta")
         return values[torch.randperm(len(values), generator=self.generator(key))]
 
 
 class Part(nn.Module):
-    """What a method owns at one site. It never registers the base module.
+    """What a method owns at one site: its trained tensors and the forward that wraps the original call.
 
-    `owner` is the adapter, for parts that read shared tensors.
+    The base module is never registered as a submodule. `owner` is the adapter, for parts that read shared
+    tensors.
     """
 
     def __init__(self, site: Site, owner: Adapter | None = None) -> None:
@@ -112,7 +114,7 @@ class Part(nn.Module):
         return b
 
     def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """Around the original call, (..., in) -> (..., out). Default: one matmul with the changed weight."""
+        """Wraps the original call `base`: x (..., in) -> (..., out). Default: a matmul with W + delta(W)."""
         W = self.site.weight
         b = self.bias(self.site.bias)
         return F.linear(x, W + self.delta(W).to(W.dtype), None if b is None else b.to(W.dtype))
@@ -133,12 +135,16 @@ class Adapter(nn.Module):
     peft_step: ClassVar[bool] = True
     """False where HF PEFT has the tensors but not the training step: the two are not timed together."""
     lr: ClassVar[float] = 1e-3
-    """Learning rate when none is asked for; a task may scale it for a very small model (`lr_scale`)."""
+    """Default learning rate; a task may scale it for a very small model (`lr_scale`)."""
     mergeable: ClassVar[bool] = True
+    """True when `Part.delta` and `Part.bias` describe all of the change, so that it can be merged."""
     identity_at_init: ClassVar[bool] = True
+    """True when a fresh adapter leaves the logits as they were."""
     needs_data: ClassVar[bool] = False
-    """Ask an adapter, not its class: where the options decide, this is a property."""
+    """True when `prepare` reads `Context.batches`. Read it from an adapter, not from its class: where the
+    options decide, this is a property."""
     edits_base: ClassVar[bool] = False
+    """True when training changes values of the base weights themselves."""
     described: ClassVar[bool] = False
     """True when the weights are written from a description of the task: the option `description`, which a run
     fills in, and from then on `describe`."""
@@ -164,17 +170,17 @@ class Adapter(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         hooks = [n for n in vars(Adapter) if not n.startswith("_")]
-        for given in vars(cls):
-            near = difflib.get_close_matches(given, hooks, n=1, cutoff=0.85)
-            if near and given not in hooks and not given.startswith("_"):
-                raise TypeError(f'{cls.__name__}.{given}: no such hook, did you mean "{near[0]}"?')
+        for attribute in vars(cls):
+            close = difflib.get_close_matches(attribute, hooks, n=1, cutoff=0.85)
+            if close and attribute not in hooks and not attribute.startswith("_"):
+                raise TypeError(f'{cls.__name__}.{attribute}: no such hook, did you mean "{close[0]}"?')
 
     def bind(self, ctx: Context) -> None:
         """Called once by the engine, before anything else."""
         object.__setattr__(self, "ctx", ctx)
 
     def unfreeze(self, model: nn.Module) -> Sequence[str]:
-        """Names of base parameters to train."""
+        """Names of base parameters to train beside the parts."""
         return ()
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -183,10 +189,10 @@ class Adapter(nn.Module):
         return find_sites(model, targets, self.kind) if targets else []
 
     def prepare(self, sites: list[Site]) -> None:
-        """Make shared tensors; read data when the method `needs_data`."""
+        """Make the tensors that parts share; read `ctx.batches()` when the method `needs_data`."""
 
     def part(self, site: Site) -> Part:
-        """The part for one site."""
+        """The part for one site; called once per site, in the order of `sites`."""
         raise NotImplementedError(f'method "{self.name}" has sites but no part()')
 
     def describe(self, text: str) -> None:
@@ -194,11 +200,11 @@ class Adapter(nn.Module):
         raise NotImplementedError(f'method "{self.name}" does not read descriptions')
 
     def penalty(self) -> Tensor | float:
-        """Joins the loss at every step (a scalar)."""
+        """A scalar that is added to the training loss at every step."""
         return 0.0
 
     def optimizer(self, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """AdamW without weight decay unless the method says otherwise."""
+        """The optimiser of `params`, the trained tensors: AdamW without weight decay by default."""
         return torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
 
     def peft_config(self, sites: list[Site]) -> dict[str, Any]:
@@ -209,21 +215,26 @@ class Adapter(nn.Module):
         return {"target_modules": [s.name for s in sites]}
 
     def peft_state(self) -> dict[str, Tensor]:
-        """Ends of PEFT's parameter names, for its adapter "default" -> our tensors in its shapes."""
+        """Suffix of a PEFT parameter name (of its adapter "default") -> our tensor, in PEFT's shape."""
         raise NotImplementedError(f'method "{self.name}" does not say how PEFT names its tensors')
 
     def peft_frozen(self) -> dict[str, Tensor]:
-        """The same for fixed tensors that PEFT draws in another way; its own may be larger at the end."""
+        """The same for frozen tensors that PEFT draws in another way; PEFT's may be padded at the end."""
         return {}
 
     def search(self, loss: Callable[[], float], rows: int, steps: int) -> None:
         """Fit the trained tensors by at most `steps` calls of `loss()`; leave the best values in place.
 
-        `loss()` is the mean loss over the same `rows` rows of training data, under the present values."""
+        `loss()` is the mean loss over the same `rows` rows of training data, with the tensors' values
+        of the moment.
+        """
         raise NotImplementedError(f'method "{self.name}" says that it searches, but has no search()')
 
     def after_backward(self, step: int, total: int) -> None:
-        """Read or rewrite gradients; `step` counts from 1 to `total`."""
+        """Called between backward and the optimiser's step, to read or rewrite gradients.
+
+        `step` counts from 1 to `total`.
+        """
 
     def after_step(self, step: int, total: int) -> None:
-        """Schedules, masks, projections, merge-and-restart."""
+        """Called after the optimiser's step: schedules, masks, projections, merge-and-restart."""

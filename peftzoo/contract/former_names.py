@@ -27,7 +27,7 @@ _noticed = False
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Makes a module of a former name, whose attributes are looked up where they are now."""
+    """Import hook: makes a module under a former name, whose attributes are looked up at their new place."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         former = fullname.removeprefix("peftzoo.")
@@ -54,6 +54,6 @@ def notice(text: str) -> None:
 
 
 def install() -> None:
-    """Let Python's import system ask here after all else."""
+    """Append the finder to `sys.meta_path`, once: it is asked after all others."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

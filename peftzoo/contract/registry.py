@@ -1,7 +1,7 @@
 """Finding methods: the folder `methods/`, the entry points `peftzoo.methods`, single files, other libraries.
 
-Only the plugin that is asked for is imported. Another library's methods are named `PREFIX:NAME`: the module
-that is registered for PREFIX under the entry points `peftzoo.libraries` is asked by its function `get(name)`.
+Only the requested plugin is imported. Another library's methods are named `PREFIX:NAME`: they come from
+`get(name)` of the module that is registered for PREFIX under the entry points `peftzoo.libraries`.
 """
 
 from __future__ import annotations
@@ -23,49 +23,52 @@ LIBRARIES, FORMER_LIBRARIES = "peftzoo.libraries", "peftzoo.neighbours"
 """Groups of entry points."""
 
 
-def _builtin() -> dict[str, str]:
+def _builtin_methods() -> dict[str, str]:
+    """Method name -> module, from the folder `methods/`."""
     import peftzoo.methods
 
-    found = pkgutil.iter_modules(peftzoo.methods.__path__)
+    modules = pkgutil.iter_modules(peftzoo.methods.__path__)
     return {
-        m.name.replace("_", "-"): f"peftzoo.methods.{m.name}" for m in found if not m.name.startswith("_")
+        m.name.replace("_", "-"): f"peftzoo.methods.{m.name}" for m in modules if not m.name.startswith("_")
     }
 
 
-def _outside() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
+def _installed_methods() -> dict[str, EntryPoint]:
+    """Method name -> entry point, from installed packages. Raises `UserError` when a name is taken."""
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group="peftzoo.methods"):
-        if point.name in found:
+        if point.name in points:
             raise UserError(f'method "{point.name}" comes from two packages: uninstall one of them')
-        found[point.name] = point
-    clash = sorted(found.keys() & _builtin().keys())
+        points[point.name] = point
+    clash = sorted(points.keys() & _builtin_methods().keys())
     if clash:
-        package = found[clash[0]].dist
+        package = points[clash[0]].dist
         raise UserError(
             f'method "{clash[0]}" of package "{package.name if package else "?"}" is built in: rename it'
         )
-    return found
+    return points
 
 
 def methods() -> list[str]:
     """Names of all methods, sorted."""
-    return sorted({*_builtin(), *_outside(), *_extra})
+    return sorted({*_builtin_methods(), *_installed_methods(), *_extra})
 
 
 def get(name: str) -> type:
-    """The `Adapter` class called `name`. Raises `UserError` with the nearest name when there is none."""
+    """The `Adapter` class of a method. Raises `UserError` with the closest name for an unknown one."""
     if name in _extra:
         return _extra[name]
-    if name in (builtin := _builtin()):
+    if name in (builtin := _builtin_methods()):
         return adapter_in(importlib.import_module(builtin[name]), name)
-    if name in (outside := _outside()):
-        return _loaded(outside[name])
+    if name in (installed := _installed_methods()):
+        return _load_entry_point(installed[name])
     if ":" in name:
         return _from_library(name)
     raise unknown("method", name, methods(), see="peftzoo list methods")
 
 
 def _from_library(name: str) -> type:
+    """The class of a method of another library, `PREFIX:NAME`."""
     prefix = name.partition(":")[0].lower()
     former = {p.name: p.value for p in entry_points(group=FORMER_LIBRARIES)}
     modules = former | {p.name: p.value for p in entry_points(group=LIBRARIES)}
@@ -78,7 +81,10 @@ def _from_library(name: str) -> type:
 
 
 def add_file(path: str | Path) -> type:
-    """Load a plugin from a file (this runs its code); the method is known by its class's `name`."""
+    """Load a plugin from a file (this runs its code) and register it under its class's `name`.
+
+    Returns the class. Raises `UserError` for a missing or broken file and for a name that is taken.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f'plugin "{path}": no such file')
@@ -94,24 +100,26 @@ def add_file(path: str | Path) -> type:
         del sys.modules[spec.name]
         raise UserError(f'plugin "{path}": {type(error).__name__}: {error}') from error
     cls = adapter_in(module)
-    if cls.name in {*_builtin(), *_outside()}:
+    if cls.name in {*_builtin_methods(), *_installed_methods()}:
         raise UserError(f'plugin "{path}": the name "{cls.name}" is taken; choose another')
     _extra[cls.name] = cls
     return cls
 
 
 def adapter_in(module: ModuleType, name: str = "") -> type:
-    """The one `Adapter` class that a plugin defines."""
+    """The one `Adapter` class that a plugin defines, which must be called `name` if that is given."""
     from peftzoo.contract.adapter import Adapter
 
-    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Adapter)]
-    own = [c for c in own if c.__module__ == module.__name__ and c.name]
-    if len(own) != 1:
-        raise UserError(f"{module.__name__}: a plugin defines one Adapter with a name, this has {len(own)}")
-    return _checked(own[0], name)
+    adapters = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Adapter)]
+    adapters = [c for c in adapters if c.__module__ == module.__name__ and c.name]
+    if len(adapters) != 1:
+        raise UserError(
+            f"{module.__name__}: a plugin defines one Adapter with a name, this has {len(adapters)}"
+        )
+    return _checked_name(adapters[0], name)
 
 
-def _loaded(point: EntryPoint) -> type:
+def _load_entry_point(point: EntryPoint) -> type:
     from peftzoo.contract.adapter import Adapter
 
     try:
@@ -122,10 +130,11 @@ def _loaded(point: EntryPoint) -> type:
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, Adapter)):
         raise UserError(f'method "{point.name}" ({point.value}) is not an Adapter class')
-    return _checked(cls, point.name)
+    return _checked_name(cls, point.name)
 
 
-def _checked(cls: type, name: str) -> type:
+def _checked_name(cls: type, name: str) -> type:
+    """The class itself. Raises `UserError` when its name differs from the one it was looked up by."""
     if name and cls.name != name:
         raise UserError(f'method "{name}": its class is named "{cls.name}"; file and name must agree')
     return cls

@@ -72,7 +72,7 @@ ARCHITECTURES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
-"""A role that an architecture computes inside a fused layer: the part then stands around the whole layer."""
+"""A role that an architecture computes inside a fused layer: the part then wraps the fused layer."""
 LINEAR_ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 _KIND = {"attention": ATTENTION, "block": BLOCK, "embed": EMBED}
 
@@ -91,14 +91,14 @@ def find_sites(model: nn.Module, targets: Iterable[str], kind: str = LINEAR) -> 
     if kind == MODEL:
         return [Site("", model, MODEL, MODEL)]
     patterns = _patterns(model, tuple(targets), kind)
-    wanted = [(role, re.compile(rf"(?:^|\.)(?:{p})$")) for role, p in patterns.items()]
+    compiled = [(role, re.compile(rf"(?:^|\.)(?:{pattern})$")) for role, pattern in patterns.items()]
     sites = []
     for name, module in model.named_modules():
-        role = next((role for role, p in wanted if p.search(name)), None)
+        role = next((role for role, regex in compiled if regex.search(name)), None)
         if role is None or (kind == LINEAR and not _is_linear(module)):
             continue
-        number = re.search(r"\.(\d+)(?:\.|$)", name)
-        sites.append(Site(name, module, kind, role, int(number[1]) if number else -1))
+        layer = re.search(r"\.(\d+)(?:\.|$)", name)
+        sites.append(Site(name, module, kind, role, int(layer[1]) if layer else -1))
     if not sites:
         raise UserError(
             f"targets {', '.join(targets)}: no {kind} layer of {type(model).__name__} matches; "
@@ -108,35 +108,37 @@ def find_sites(model: nn.Module, targets: Iterable[str], kind: str = LINEAR) -> 
 
 
 def norm_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of every normalisation layer."""
+    """Names of the parameters of every normalisation layer (a module whose class name ends in `Norm`)."""
     norms = ((name, m) for name, m in model.named_modules() if type(m).__name__.endswith("Norm"))
-    return [f"{name}.{own}" for name, m in norms for own, _ in m.named_parameters(recurse=False)]
+    return [f"{name}.{leaf}" for name, m in norms for leaf, _ in m.named_parameters(recurse=False)]
 
 
 def _is_linear(module: nn.Module) -> bool:
+    """True for a module with a matrix as weight that is not an embedding (nn.Linear, Conv1D, quantised)."""
     return getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, nn.Embedding)
 
 
 def _patterns(model: nn.Module, targets: tuple[str, ...], kind: str) -> dict[str, str]:
+    """Role, or `re:PATTERN` itself -> regular expression on module names."""
     table = roles_of(model)
-    found: dict[str, str] = {}
+    patterns: dict[str, str] = {}
     for target in targets:
         if target.startswith("re:"):
             try:
                 re.compile(target[3:])
             except re.error as error:
                 raise UserError(f'targets "{target}": not a regular expression ({error})') from None
-            found[target] = target[3:]
+            patterns[target] = target[3:]
             continue
         if not table:
             known = ", ".join(ARCHITECTURES)
-            kind_of_model = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
+            model_type = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
             raise UserError(
-                f'architecture "{kind_of_model}" has no table of roles (known: {known}); '
+                f'architecture "{model_type}" has no table of roles (known: {known}); '
                 "give patterns on module names by hand: --set targets='re:(q_proj|v_proj)'"
             )
         if target == "all":
-            found |= {r: table[r] for r in LINEAR_ROLES if r in table}
+            patterns |= {r: table[r] for r in LINEAR_ROLES if r in table}
             continue
         role = target if target in table else FUSED.get(target, target)
         if role not in table:
@@ -145,5 +147,5 @@ def _patterns(model: nn.Module, targets: tuple[str, ...], kind: str) -> dict[str
             raise UserError(
                 f'unknown role "{target}": {nearest(target, [*table, "all"]) or ", ".join(table)}'
             )
-        found[role] = table[role]
-    return found
+        patterns[role] = table[role]
+    return patterns

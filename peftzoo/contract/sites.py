@@ -14,7 +14,8 @@ LINEAR, BLOCK, ATTENTION, EMBED, MODEL = "linear", "block", "attention", "embed"
 class Site:
     """One place in the model where a part can stand.
 
-    `weight` is (out, in) for `nn.Linear` and for GPT-2's transposed `Conv1D` alike.
+    `role` is the module's role in its architecture (`q`, `up`, ...) or the pattern that matched it, `layer`
+    the number in the module's name (-1 without one).
     """
 
     name: str
@@ -23,7 +24,7 @@ class Site:
     role: str = ""
     layer: int = -1
     plain: bool = field(default=False, init=False)
-    """True when the original call is exactly `x W^T + b`, so that a part may compute it in its own kernel."""
+    """True when the original call is exactly `x W^T + b`, so that a part's own kernel may compute it."""
 
     def __post_init__(self) -> None:
         self.transposed = type(self.module).__name__ == "Conv1D"
@@ -32,15 +33,17 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
+        """The weight, (out, in) for `nn.Linear` and for GPT-2's transposed `Conv1D`."""
         W = self.module.weight
         return W.T if self.transposed else W
 
     @property
     def bias(self) -> Tensor | None:
+        """The bias (out,), or None."""
         return self.module.bias
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """(out, in) of the weight."""
         out, in_ = self.weight.shape
         return out, in_

@@ -1,9 +1,9 @@
 """Fused forward passes of what methods compute, with autograd functions of their own.
 
-A plugin calls these in place of building an (out, in) matrix at every step. A file is one form:
-`lowrank` products, `rebuilt_weights` that are used once and forgotten, `frozen_cores` between fixed factors,
-`kronecker` products, `rotation` by small blocks, `fourier` coefficients, random `projections`, `tensor_train`s,
-`decompositions` for initialisation, a mixture of `experts`; `forward_cache` keeps what several layers share.
+A plugin calls these in place of building an (out, in) matrix at every step. A file is one form: `lowrank`
+products, `rebuilt_weights` that are recomputed in backward, `frozen_cores` between fixed factors, `kronecker`
+products, `rotation` by small blocks, `fourier` coefficients, random `projections`, `tensor_train`s,
+`decompositions` for initialisation, a mixture of `experts`; `forward_cache` holds what several layers share.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Factors of a weight that methods start from or freeze: truncated SVD, QR, QR with column pivoting.
 
-Signs are fixed, so that the same weight gives the same factors on every machine. On bare shapes (meta) only
+Signs are fixed, so that the same weight gives the same factors on every machine. On the meta device only
 shapes come back.
 """
 
@@ -13,14 +13,14 @@ from peftzoo.contract import Context, Site
 from peftzoo.errors import UserError
 
 EXACT = 512
-"""Up to this smaller side the SVD is exact; beyond it, it is randomised."""
+"""A matrix whose smaller side is at most this gets an exact SVD, a larger one a randomised SVD."""
 
 
 def check_rank(site: Site, r: int) -> None:
     """Raises `UserError` when the layer's weight has fewer than `r` singular directions."""
-    if r > (most := min(site.shape)):
+    if r > (largest := min(site.shape)):
         raise UserError(
-            f"r={r} exceeds the {most} directions of {site.name}: lower r or choose other targets"
+            f"r={r} exceeds the {largest} directions of {site.name}: lower r or choose other targets"
         )
 
 
@@ -76,10 +76,11 @@ def pivoted_qr(M: Tensor, r: int | None = None) -> tuple[Tensor, Tensor, Tensor]
         r = r or min(M.shape)
         return tuple(torch.empty(s, device="meta") for s in ((len(M), r), (r, M.shape[1]), (r,)))
     M = M.detach().float()
-    return _all_pivots(M) if r is None else _first_pivots(M, r)
+    return _lapack_pivots(M) if r is None else _greedy_pivots(M, r)
 
 
-def _all_pivots(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _lapack_pivots(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All k pivots, by LAPACK's geqp3 on the CPU."""
     from scipy.linalg import qr
 
     Q, T, order = qr(M.cpu().numpy(), mode="economic", pivoting=True, check_finite=False)
@@ -90,17 +91,18 @@ def _all_pivots(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(t.to(M.device) for t in (Q * sign, R, T.diagonal() * sign))
 
 
-def _first_pivots(M: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    (out, in_), left = M.shape, M.square().sum(0)  # what is left of each column, squared
+def _greedy_pivots(M: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first r pivots, one after the other, by Gram-Schmidt on M's device."""
+    (out, in_), residual = M.shape, M.square().sum(0)  # squared norm of what remains of each column
     Q, R, T = M.new_zeros(out, r), M.new_zeros(r, in_), M.new_zeros(r)
     for i in range(r):
-        pivot = left.argmax()
+        pivot = residual.argmax()
         q = M[:, pivot]
-        for _ in range(2):  # once more, against rounding
+        for _ in range(2):  # the second time against rounding errors
             q = q - Q[:, :i] @ (Q[:, :i].T @ q)
         T[i] = q.norm()
         Q[:, i] = q / T[i]
         R[i] = Q[:, i] @ M
-        left = left - R[i].square()
-        left[pivot] = -torch.inf
+        residual = residual - R[i].square()
+        residual[pivot] = -torch.inf
     return Q, R, T

@@ -1,4 +1,4 @@
-"""A pool of LoRA experts: gates from a router, of which the largest k are kept, and what they mix."""
+"""A pool of LoRA experts: a top-k router and the weighted sums of the experts that it picks."""
 
 from __future__ import annotations
 
@@ -10,26 +10,33 @@ from peftzoo.contract import Context
 from peftzoo.errors import UserError
 
 MOMENTUM, EPS = 0.1, 1e-5
+"""Of the BatchNorm in the router, as in torch.nn.BatchNorm1d."""
 
 
 def keep_top(p: Tensor, k: int) -> Tensor:
     """The k largest of each row of p (L, n), scaled to sum 1; the others 0."""
-    top, where = p.topk(k, dim=-1)
-    return torch.zeros_like(p).scatter(-1, where, top / top.sum(-1, keepdim=True))
+    top, indices = p.topk(k, dim=-1)
+    return torch.zeros_like(p).scatter(-1, indices, top / top.sum(-1, keepdim=True))
 
 
 def imbalance(load: Tensor) -> Tensor:
-    """Squared coefficient of variation of load (n,): 0 when all are equal, n - 1 when one takes all."""
+    """Squared coefficient of variation of load (n,): 0 when all are equal, n - 1 when one takes all.
+
+    The load-balancing loss of Shazeer et al., arXiv 1701.06538.
+    """
     return load.var(correction=0) / load.mean().square()
 
 
 def mixed(G: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """G (L, n), A (n, r, in), B (n, out, r) -> sum_j G_j A_j (L, r, in) and sum_j G_j B_j (L, out, r)."""
+    """Weighted sums of the experts' factors: sum_j G_j A_j (L, r, in) and sum_j G_j B_j (L, out, r).
+
+    Gates G (L, n), A (n, r, in), B (n, out, r).
+    """
     return torch.tensordot(G, A, 1), torch.tensordot(G, B, 1)
 
 
 def mixed_products(G: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """sum_j G_j B_j A_j over the k kept experts as one pair, (L, k r, in) and (L, out, k r)."""
+    """sum_j G_j B_j A_j over the k experts of largest gate as one pair, (L, k r, in) and (L, out, k r)."""
     g, j = G.topk(k, dim=-1)
     return A[j].flatten(1, 2), (g[..., None, None] * B[j]).transpose(1, 2).flatten(2)
 
@@ -37,8 +44,9 @@ def mixed_products(G: Tensor, A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Ten
 class Router(nn.Module):
     """keep_top(softmax(R2 SiLU(BatchNorm(R1 t)) + b2), k): rows t (L, width) -> gates (L, n).
 
-    BatchNorm uses its running statistics in training too, and follows the rows in `follow`: in a batch of a
-    few rows, all from one text, the batch's own mean would take away what tells this text from another.
+    BatchNorm uses its running statistics in training too, which `follow` updates: in a batch of a few rows,
+    all from one text, the batch's own mean would remove what distinguishes this text from another. Raises
+    `UserError` when k > n.
     """
 
     def __init__(self, width: int, hidden: int, n: int, k: int, ctx: Context) -> None:
@@ -55,7 +63,7 @@ class Router(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, T: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (L, n) and the rows (L, hidden) that BatchNorm saw."""
+        """Gates (L, n) and the inputs (L, hidden) of BatchNorm, for `follow`."""
         rows = F.linear(T, self.R1)
         X = (rows - self.mean) * (self.square - self.mean.square() + EPS).rsqrt()
         logits = F.linear(F.silu(X * self.gain + self.shift), self.R2, self.b2)
@@ -63,7 +71,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def follow(self, rows: Tensor) -> None:
-        """Move the running statistics; a single row has no spread to tell."""
+        """Update the running statistics with rows (L, hidden); a single row, without variance, is ignored."""
         if len(rows) > 1:
             rate = (1 / (self.steps + 1)).clamp_min(MOMENTUM)
             self.mean.lerp_(rows.mean(0), rate)

@@ -11,19 +11,25 @@ from torch import Tensor
 
 
 class ForwardCache:
-    """The last value computed, given again for the same source tensor, unchanged, and the same key.
+    """Holds the last computed value, and returns it again for the same, unchanged source tensor and key.
 
-    A copied or pickled `ForwardCache` is empty, so that no graph travels with a model.
+    A copied or pickled `ForwardCache` is empty, so that no autograd graph is copied with a model.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
+        """Forget the value and its graph."""
         self.source, self.key, self.value = None, None, None
 
     def get(self, source: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        if torch.compiler.is_compiling() or source.is_inference():  # neither keeps a version
+        """The value computed from `source` under `key`: cached, or `make()`.
+
+        It is computed anew after an in-place change of `source` or a change of grad mode, and is never cached
+        under torch.compile or in inference mode.
+        """
+        if torch.compiler.is_compiling() or source.is_inference():  # these have no version counter
             return make()
         key = (key, source._version, source.requires_grad, torch.is_grad_enabled())
         if self.source is None or self.source() is not source or self.key != key:

@@ -37,14 +37,14 @@ class Spectrum(nn.Module):
         p, q, sign = torch.minimum(p, out - p), torch.minimum(q, in_ - q), 1.0 - 2.0 * conjugate
         tensors = {"positions": positions, "sign": sign}
         tensors |= {"p": torch.cat([p, p + out // 2 + 1]), "q": torch.cat([q, q + in_ // 2 + 1])}
-        for way, to, source, d, e in (("there", p, q, out, in_), ("back", q, p, in_, out)):
-            order = torch.argsort(to)
-            starts = torch.searchsorted(to[order], torch.arange(d // 2 + 1))
-            gain = torch.where((to == 0) | (2 * to == d), 1.0, 0.5)  # irfft doubles all but these
-            tensors[f"{way}_order"] = order.repeat(2)
-            tensors[f"{way}_gain"] = torch.cat([gain[order], (gain * sign)[order]])
-            tensors[f"{way}_read"] = torch.cat([source[order], source[order] + e // 2 + 1])
-            tensors[f"{way}_starts"] = torch.cat([starts, starts + len(order)])
+        for direction, target, source, d, e in (("forward", p, q, out, in_), ("backward", q, p, in_, out)):
+            order = torch.argsort(target)
+            starts = torch.searchsorted(target[order], torch.arange(d // 2 + 1))
+            gain = torch.where((target == 0) | (2 * target == d), 1.0, 0.5)  # irfft doubles all but these
+            tensors[f"{direction}_order"] = order.repeat(2)
+            tensors[f"{direction}_gain"] = torch.cat([gain[order], (gain * sign)[order]])
+            tensors[f"{direction}_read"] = torch.cat([source[order], source[order] + e // 2 + 1])
+            tensors[f"{direction}_starts"] = torch.cat([starts, starts + len(order)])
         for name, t in tensors.items():
             self.register_buffer(name, t, persistent=False)
 
@@ -53,12 +53,17 @@ class Spectrum(nn.Module):
         C = c.new_zeros(self.out * self.in_).scatter(0, self.positions, c)
         return torch.fft.ifft2(C.view(self.out, self.in_)).real
 
-    def move(self, S: Tensor, c: Tensor, way: str) -> Tensor:
-        """Spectrum S (2 m, T) of one side of the layer -> signal (T, d) on the other."""
-        order, gain, read, starts = (getattr(self, f"{way}_{k}") for k in ("order", "gain", "read", "starts"))
+    def move(self, S: Tensor, c: Tensor, direction: str) -> Tensor:
+        """Spectrum S (2 m, T) of one side of the layer, weights c (n,) -> signal (T, d) on the other side.
+
+        `direction` is "forward" (inputs to outputs) or "backward" (the transpose).
+        """
+        order, gain, read, starts = (
+            getattr(self, f"{direction}_{k}") for k in ("order", "gain", "read", "starts")
+        )
         weights = (c[order] * gain).to(S.dtype)
         Z = F.embedding_bag(read, S, starts, mode="sum", per_sample_weights=weights)
-        return signal(Z, self.out if way == "there" else self.in_)
+        return signal(Z, self.out if direction == "forward" else self.in_)
 
 
 def spectral(x: Tensor, c: Tensor, X: Tensor, grid: Spectrum, alpha: float) -> Tensor:
@@ -67,13 +72,13 @@ def spectral(x: Tensor, c: Tensor, X: Tensor, grid: Spectrum, alpha: float) -> T
 
 
 class _Spectral(torch.autograd.Function):
-    """Kept for backward: c and X."""
+    """Saved for backward: c and X."""
 
     @staticmethod
     def forward(ctx, x, c, X, grid, alpha):
         ctx.grid, ctx.alpha, ctx.shape, ctx.dtype = grid, alpha, x.shape, x.dtype
         ctx.save_for_backward(c, X)
-        return grid.move(X, alpha / grid.in_ * c, "there").view(*x.shape[:-1], grid.out).to(x.dtype)
+        return grid.move(X, alpha / grid.in_ * c, "forward").view(*x.shape[:-1], grid.out).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -82,5 +87,5 @@ class _Spectral(torch.autograd.Function):
         real, imaginary = (D[grid.p] * X[grid.q]).sum(1).view(2, -1)  # (n,) each
         dc = alpha / (grid.in_ * grid.out) * (real + grid.sign * imaginary)
         if ctx.needs_input_grad[0]:
-            dx = grid.move(D, alpha / grid.out * c, "back").view(ctx.shape).to(ctx.dtype)
+            dx = grid.move(D, alpha / grid.out * c, "backward").view(ctx.shape).to(ctx.dtype)
         return dx, dc.to(c.dtype), None, None, None

@@ -1,4 +1,4 @@
-"""A small trained core between two frozen factors: nothing as wide as the layer is kept for backward."""
+"""A small trained core between two frozen factors: nothing as wide as the layer is saved for backward."""
 
 from __future__ import annotations
 
@@ -23,32 +23,33 @@ def frozen_core(
 ) -> Tensor:
     """x W^T + b + m(drop(x) A^T) B^T, A (r, in) and B (out, r) frozen.
 
-    The trained core C is a matrix (r, r), m(h) = h C^T, or a vector (r,), m(h) = C * h.
+    The trained core C is a matrix (r, r) with m(h) = h C^T, or a vector (r,) with m(h) = C * h.
+    x (..., in) -> (..., out).
     """
     if not active(dropout) and fusable(site, x):
         return _FrozenCore.apply(cast(x), site.weight, site.bias, A, B, C)
     H = branch_input(x, A, dropout)
-    return base(x) + F.linear(_middle(H, C), B.to(H.dtype))
+    return base(x) + F.linear(_apply_core(H, C), B.to(H.dtype))
 
 
 def rows_first(B: Tensor) -> Tensor:
-    """The same matrix, stored so that its transpose is contiguous: what a product with B^T on a CPU wants."""
+    """B, stored so that its transpose is contiguous, which makes products with B^T faster on a CPU."""
     return B.T.contiguous().T
 
 
-def _middle(H: Tensor, C: Tensor) -> Tensor:
+def _apply_core(H: Tensor, C: Tensor) -> Tensor:
     C = C.to(H.dtype)
     return H * C if C.ndim == 1 else F.linear(H, C)
 
 
 class _FrozenCore(torch.autograd.Function):
-    """With H = x A^T, N = dy B:  dC = N^T H, or its diagonal;  dx = dy W + m^T(N) A. Kept: H (n, r)."""
+    """With H = x A^T, N = dy B:  dC = N^T H, or its diagonal;  dx = dy W + m^T(N) A. Saved: H (n, r)."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, C):
         y = F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
         H = torch.mm(x.reshape(-1, x.shape[-1]), A.T.to(x.dtype))  # (n, r)
-        y.view(-1, y.shape[-1]).addmm_(_middle(H, C), rows(B, x))
+        y.view(-1, y.shape[-1]).addmm_(_apply_core(H, C), rows(B, x))
         ctx.save_for_backward(W, A, B, C, H)
         return y
 
@@ -61,5 +62,5 @@ class _FrozenCore(torch.autograd.Function):
         dX = None
         if ctx.needs_input_grad[0]:
             dX = torch.mm(D, W.to(D.dtype))  # (n, in)
-            dX = dX.addmm_(_middle(N, C if C.ndim == 1 else C.T), A.to(D.dtype)).view(*dy.shape[:-1], -1)
+            dX = dX.addmm_(_apply_core(N, C if C.ndim == 1 else C.T), A.to(D.dtype)).view(*dy.shape[:-1], -1)
         return dX, None, None, None, None, dC

@@ -13,7 +13,10 @@ from peftzoo.kernels.rebuilt_weights import in_place, recomputed
 
 
 def plus_kron(site: Site, base: Callable, x: Tensor, s: float, A: Tensor, B: Tensor, *C: Tensor) -> Tensor:
-    """base(x) + s * x kron(A, B)^T, or kron(A, B C) with C given. Kept for backward: x and the factors."""
+    """base(x) + s * x kron(A, B)^T, or kron(A, B C) with a third factor C.
+
+    Saved for backward: x and the factors.
+    """
     return in_place(site, base(x), s * recomputed(apply_kron, cast(x), A, B, *C))
 
 

@@ -1,9 +1,10 @@
-"""Cheap forms that several methods share, with backward passes of their own.
+"""Low-rank updates and scalings of a linear layer, with autograd functions of their own.
 
 On a plain linear layer (`site.plain`) the base product is computed inside the kernel: the update is added in
-place, the two input gradients are one accumulated product, and only what the gradients need is kept. On any
-other (quantised, under a second part, with a trained base weight), and with dropout, the same formula runs on
-the original call `base` with ordinary autograd. Trained tensors stay in fp32 and are cast in each call.
+place, the two input gradients are one accumulated product, and only what the gradients need is saved for
+backward. On any other (quantised, under a second part, with a trained base weight), and with dropout, the
+same formula runs on the original call `base` with ordinary autograd. Trained tensors stay in fp32 and are
+cast in each call.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def scaled_low_rank(
 
 
 def scaled(site: Site, base: Callable, x: Tensor, g: Tensor, c: Tensor | None = None) -> Tensor:
-    """g * (x W^T + b) + c, with g, c (out,)."""
+    """g * (x W^T + b) + c, with scale g and shift c (out,). x (..., in) -> (..., out)."""
     if fusable(site, x):
         return _Affine.apply(cast(x), site.weight, site.bias, None, None, 1.0, g, c)
     y = base(x)
@@ -67,7 +68,7 @@ def scaled(site: Site, base: Callable, x: Tensor, g: Tensor, c: Tensor | None = 
 
 
 def scaled_input(site: Site, base: Callable, x: Tensor, g: Tensor) -> Tensor:
-    """(g * x) W^T + b, with g (in,)."""
+    """(g * x) W^T + b, with g (in,). x (..., in) -> (..., out)."""
     if fusable(site, x):
         return _ScaledInput.apply(cast(x), site.weight, site.bias, g)
     return base((g * x).to(x.dtype))
@@ -81,23 +82,23 @@ def frozen_pair(
     B: Tensor,
     u: Tensor,
     v: Tensor,
-    recent: ForwardCache,
+    cache: ForwardCache,
     dropout: nn.Module | None = None,
 ) -> Tensor:
     """x W^T + b + v * ((u * (drop(x) A^T)) B^T), A (r, in) and B (out, r) frozen, u (r,), v (out,).
 
-    `recent` lends the product x A^T to the next layers that read the same x.
+    Layers that read the same x take the product x A^T from `cache`, where the first one leaves it.
     """
     if active(dropout) or not fusable(site, x):
         y, H = base(x), branch_input(x, A, dropout)
         return y + (v * F.linear((u * H).to(H.dtype), B.to(H.dtype))).to(y.dtype)
     X = cast(x)
-    if _worth_merging(X):
+    if _merging_pays(X):
         P = None
-        if _needs(u, v):
-            P = recent.get(x, (X.dtype, A.shape), lambda: F.linear(X.detach(), A.to(X.dtype)))
+        if _need_grad(u, v):
+            P = cache.get(x, (X.dtype, A.shape), lambda: F.linear(X.detach(), A.to(X.dtype)))
         return _MergedPair.apply(X, site.weight, site.bias, P, A, B, u, v)
-    P = recent.get(x, (X.dtype, A.shape, "graph"), lambda: _FrozenProduct.apply(X, A, recent))
+    P = cache.get(x, (X.dtype, A.shape, "graph"), lambda: _FrozenProduct.apply(X, A, cache))
     return _FrozenPair.apply(X, site.weight, site.bias, P, B, u, v)
 
 
@@ -105,16 +106,18 @@ def frozen_pair(
 
 
 def active(dropout: nn.Module | None) -> bool:
+    """Whether the dropout changes its input: it is there, in train mode, and p > 0."""
     return dropout is not None and dropout.training and dropout.p > 0
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which the base layer would multiply."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def cast(x: Tensor) -> Tensor:
+    """x in the dtype in which the base layer would multiply: autocast's, where that is on."""
     return x.to(_compute_dtype(x))
 
 
@@ -128,24 +131,26 @@ def fusable(site: Site, x: Tensor) -> bool:
 
 
 def branch_input(x: Tensor, A: Tensor, dropout: nn.Module | None) -> Tensor:
+    """drop(x) A^T, (..., in) -> (..., r)."""
     x = dropout(x) if active(dropout) else x
     x = cast(x)
     return F.linear(x, A.to(x.dtype))
 
 
 def _branch(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: nn.Module | None = None) -> Tensor:
+    """scale (drop(x) A^T) B^T, (..., in) -> (..., out)."""
     H = branch_input(x, A, dropout)
     return F.linear(H, (scale * B).to(H.dtype))
 
 
-def _needs(*tensors: Tensor) -> bool:
+def _need_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _worth_merging(X: Tensor) -> bool:
+def _merging_pays(X: Tensor) -> bool:
     """Whether W + diag(v) B diag(u) A, built for one call, costs less than the branch, in time and memory.
 
-    For n tokens it keeps `in` numbers per output, not n; r in out products replace about r n (out + in).
+    For n tokens it saves `in` numbers per output, not n; r in out products replace about r n (out + in).
     Never in half precision, where adding to W would round the change away.
     """
     n, in_ = X.numel() // X.shape[-1], X.shape[-1]
@@ -153,7 +158,7 @@ def _worth_merging(X: Tensor) -> bool:
 
 
 def rows(B: Tensor, like: Tensor) -> Tensor:
-    """B^T (r, out) in the dtype of `like`; CPU matrix products want its rows contiguous, GPUs do not mind."""
+    """B^T (r, out) in the dtype of `like`; its rows are contiguous on a CPU, where that is faster."""
     Bt = B.T.to(like.dtype)
     return Bt if Bt.is_cuda else Bt.contiguous()
 
@@ -164,8 +169,8 @@ def rows(B: Tensor, like: Tensor) -> Tensor:
 class _Affine(torch.autograd.Function):
     """y = g * (x W^T + b + s (x A^T) B^T) + c; the pair A, B, the scale g and the shift c are optional.
 
-    Kept for backward: x and s x A^T for the pair; for g the output itself, from which the bracket is y / g
-    (with a shift, or in fp16: the bracket).
+    Saved for backward: x and s x A^T for the pair; for g the output itself, from which the bracket z is y / g
+    (with a shift, or in fp16: z).
     """
 
     @staticmethod
@@ -177,9 +182,9 @@ class _Affine(torch.autograd.Function):
             z.view(-1, z.shape[-1]).addmm_(H, rows(B, x))
         y = z
         if g is not None:
-            ctx.apart = c is not None or z.dtype == torch.float16  # z cannot be read back from y as y / g
-            g = g + 1e-30  # a zero would hide z; any other scale stays what it is
-            y = torch.mul(z, g).to(z.dtype) if ctx.apart else z.mul_(g)
+            ctx.saves_z = c is not None or z.dtype == torch.float16  # z cannot be computed from y as y / g
+            g = g + 1e-30  # y / g needs g != 0; any other scale stays what it is
+            y = torch.mul(z, g).to(z.dtype) if ctx.saves_z else z.mul_(g)
             y = y if c is None else y.add_(c)
         ctx.s, ctx.shape = s, x.shape
         ctx.save_for_backward(None if A is None else x, W, A, B, H, g, None if g is None else z, c)
@@ -194,7 +199,7 @@ class _Affine(torch.autograd.Function):
             dc = D.sum(0, dtype=c.dtype)
         if g is not None:
             D, dg = _through_scale(D, z.view_as(D), g)
-            dg = dg if ctx.apart else dg / g
+            dg = dg if ctx.saves_z else dg / g
         if ctx.needs_input_grad[0]:
             dX = torch.mm(D, W.to(D.dtype))  # (n, in)
         if A is not None:
@@ -207,7 +212,7 @@ class _Affine(torch.autograd.Function):
 
 
 def _through_scale(D: Tensor, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of g * z for z, (n, out), and for g, (out,), with one temporary."""
+    """Gradients of g * z for z, (n, out), and for g, (out,), with one temporary tensor."""
     T = D * z
     dg = T.sum(0, dtype=g.dtype)
     return torch.mul(D, g, out=T), dg
@@ -230,23 +235,23 @@ class _ScaledInput(torch.autograd.Function):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """P = x A^T with A frozen. Keeps nothing, so the graph of a shared P may be walked more than once."""
+    """P = x A^T with A frozen. Saves no tensor, so backward through a shared P may run more than once."""
 
     @staticmethod
-    def forward(ctx, x, A, recent):
-        ctx.A, ctx.recent = A, recent
+    def forward(ctx, x, A, cache):
+        ctx.A, ctx.cache = A, cache
         return F.linear(x, A.to(x.dtype))
 
     @staticmethod
     def backward(ctx, dP):
-        ctx.recent.clear()  # what is shared belongs to one forward pass
+        ctx.cache.clear()  # the shared product belongs to one forward pass
         return torch.matmul(dP, ctx.A.to(dP.dtype)), None, None
 
 
 class _FrozenPair(torch.autograd.Function):
     """y = x W^T + b + v * Z, Z = (u * P) B^T, B frozen.
 
-    With N = (v * dy) B:  dP = u * N,  du = sum_t P * N,  dv = sum_t dy * Z. Kept: P, which is shared, and Z.
+    With N = (v * dy) B:  dP = u * N,  du = sum_t P * N,  dv = sum_t dy * Z. Saved: P, which is shared, and Z.
     """
 
     @staticmethod
@@ -271,7 +276,7 @@ class _FrozenPair(torch.autograd.Function):
 class _MergedPair(torch.autograd.Function):
     """y = x V^T + b, V = W + diag(v) B diag(u) A built for this call; P = x A^T serves the gradients.
 
-    With M = dy^T P (out, r):  dv_i = sum_k u_k B_ik M_ik,  du_k = sum_i v_i B_ik M_ik. Kept: P and V.
+    With M = dy^T P (out, r):  dv_i = sum_k u_k B_ik M_ik,  du_k = sum_i v_i B_ik M_ik. Saved: P and V.
     """
 
     @staticmethod

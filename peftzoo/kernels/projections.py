@@ -1,9 +1,9 @@
-"""Fixed maps from one short trained vector to the many numbers a model reads: theta (d,) -> P theta (D,).
+"""Fixed projections of one short trained vector onto many parameters: theta (d,) -> P theta (D,).
 
-`balanced` and `local` say which entry of theta each of the D numbers is. `Fastfood` and `Gaussian` mix all
+`balanced` and `local` assign an entry of theta to each of the D numbers. `Fastfood` and `Gaussian` mix all
 of theta into each: the first is never stored and takes D log d operations, the second is stored, for small
-models; both keep the norm on average. A dense map keeps nothing for backward, so its graph may be walked
-repeatedly.
+models; both preserve the norm on average. A dense projection saves nothing for backward, so backward may run
+through its graph repeatedly.
 """
 
 from __future__ import annotations
@@ -19,28 +19,33 @@ from peftzoo.errors import UserError
 from peftzoo.kernels.rebuilt_weights import exact
 
 LARGEST = 2**28
-"""Most numbers that a stored P may have."""
+"""Largest number of entries of a stored P."""
 
 
 def balanced(ctx: Context, D: int, d: int, key: str = "") -> Tensor:
-    """D entries of 0..d-1 in random order, each floor(D/d) or ceil(D/d) times."""
+    """Indices (D,) into theta: 0..d-1 in random order, each floor(D/d) or ceil(D/d) times."""
     extra = ctx.shuffled(torch.arange(d), key=f"{key}extra")[: D % d]
     return ctx.shuffled(torch.cat([torch.arange(d).repeat(D // d), extra]), key=f"{key}idx")
 
 
 def local(ctx: Context, sizes: dict[str, int], d: int) -> Tensor:
-    """A balanced map for each layer, onto a share of 0..d-1 in proportion to the layer's numbers."""
-    idx, seen, D = [], 0, sum(sizes.values())
+    """Indices (D,) into theta: `balanced` per layer, from a slice of 0..d-1 in proportion to its size.
+
+    `sizes` maps each layer to its number of parameters. Raises `UserError` when d is too small for that.
+    """
+    idx, offset, D = [], 0, sum(sizes.values())
     for name, n in sizes.items():
-        start, end = d * seen // D, d * (seen + n) // D
+        start, end = d * offset // D, d * (offset + n) // D
         if start == end:
             raise UserError(f"d={d} leaves nothing for {name} when every layer has a share: raise d")
         idx.append(start + balanced(ctx, n, end - start, f"{name}/"))
-        seen += n
+        offset += n
     return torch.cat(idx)
 
 
-class _Apply(torch.autograd.Function):
+class _ApplyMap(torch.autograd.Function):
+    """P theta, with P^T in backward."""
+
     @staticmethod
     def forward(ctx, theta, map):
         ctx.map = map
@@ -53,15 +58,16 @@ class _Apply(torch.autograd.Function):
 
 
 class Map(nn.Module):
-    """`spread` is P, `gather` its transpose."""
+    """A dense projection: `spread` multiplies by P, (d,) -> (D,), and `gather` by P^T, (D,) -> (d,)."""
 
     def forward(self, theta: Tensor) -> Tensor:
+        """P theta (D,), computed without autocast."""
         with exact(theta):
-            return self.spread(theta) if torch.compiler.is_compiling() else _Apply.apply(theta, self)
+            return self.spread(theta) if torch.compiler.is_compiling() else _ApplyMap.apply(theta, self)
 
 
 class Gaussian(Map):
-    """P ~ N(0, 1/D)."""
+    """P ~ N(0, 1/D), stored. Raises `UserError` when it would have more than `LARGEST` entries."""
 
     def __init__(self, ctx: Context, D: int, d: int) -> None:
         super().__init__()
@@ -70,9 +76,11 @@ class Gaussian(Map):
         self.register_buffer("P", ctx.normal(D, d, std=D**-0.5, key="P"), persistent=False)
 
     def spread(self, theta: Tensor) -> Tensor:
+        """P theta, (d,) -> (D,)."""
         return self.P @ theta
 
     def gather(self, grad: Tensor) -> Tensor:
+        """P^T grad, (D,) -> (d,)."""
         return self.P.T @ grad
 
 
@@ -80,7 +88,7 @@ class Fastfood(Map):
     """Blocks of N = 2^ceil(log2 d) rows: H diag(g) permutation H diag(s) / (|g| sqrt(D)), cut to D rows.
 
     H is the Walsh-Hadamard matrix of +1 and -1, s random signs, g ~ N(0, 1), each block with its own; theta
-    is filled up to N with zeros. Frozen: 3 numbers per row. Le, Sarlos and Smola, arXiv 1408.3060.
+    is padded to N with zeros. Frozen: 3 numbers per row. Le, Sarlos and Smola, arXiv 1408.3060.
     """
 
     def __init__(self, ctx: Context, D: int, d: int) -> None:
@@ -95,26 +103,29 @@ class Fastfood(Map):
             self.register_buffer(name, t, persistent=False)
 
     def spread(self, theta: Tensor) -> Tensor:
+        """P theta, (d,) -> (D,)."""
         t = hadamard(self.sign * F.pad(theta, (0, self.N - self.d)))  # (Q, N)
         return hadamard(self.g * t.gather(1, self.order)).flatten()[: self.D]
 
     def gather(self, grad: Tensor) -> Tensor:
+        """P^T grad, (D,) -> (d,)."""
         t = self.g * hadamard(F.pad(grad, (0, self.sign.numel() - self.D)).view_as(self.g))
         t = hadamard(torch.zeros_like(t).scatter(1, self.order, t))
         return (self.sign * t).sum(0)[: self.d]
 
 
 DENSE = {"fastfood": Fastfood, "gaussian": Gaussian}
+"""Dense projections by the name that options give them."""
 
 
 def hadamard(t: Tensor, widest: int = 64) -> Tensor:
-    """t H for rows t (Q, N), N a power of two, in products with Hadamard matrices up to `widest`."""
-    (Q, N), left = t.shape, t.shape[1]
-    while left > 1:
-        m = min(left, widest)
+    """t H for rows t (Q, N), N a power of 2, by products with Hadamard matrices of at most `widest` rows."""
+    (Q, N), remaining = t.shape, t.shape[1]
+    while remaining > 1:
+        m = min(remaining, widest)
         H = torch.ones(1, 1, dtype=t.dtype, device=t.device)
         while len(H) < m:
             H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
         t = (t.view(Q, N // m, m) @ H).transpose(1, 2).reshape(Q, N)  # the next digits of the index come last
-        left //= m
+        remaining //= m
     return t

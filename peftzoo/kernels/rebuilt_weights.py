@@ -1,6 +1,6 @@
-"""Kernels that build something large from small trained tensors, use it once, and build it again in backward.
+"""Kernels that build a large tensor from small trained ones, use it once, and recompute it in backward.
 
-Kept for backward are the input and the small tensors. Building is done in fp32, with autocast switched off.
+Saved for backward are the input and the small tensors. It is built in fp32, with autocast switched off.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from peftzoo.kernels.lowrank import cast, fusable
 
 
 def exact(t: Tensor) -> torch.autocast:
-    """A context without autocast: small inverses, products of factors and determinants need their fp32."""
+    """A context without autocast, on the device of t: small inverses and products of factors need fp32."""
     return torch.autocast(t.device.type, enabled=False)
 
 
 def in_place(site: Site, y: Tensor, z: Tensor) -> Tensor:
-    """y + z for the output y of the original call; y itself is reused where nothing else can hold it."""
+    """y + z for the output y of the original call; y is changed in place where no other code can hold it."""
     z = z.to(y.dtype)
     return y.add_(z) if site.plain else y + z
 
 
 def recomputed(f: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """f(*tensors), with only `tensors` kept; backward runs f a second time, so f draws no random numbers."""
+    """f(*tensors), with only `tensors` saved; backward runs f again, so f must not draw random numbers."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         with exact(tensors[0]):
             return f(*tensors)
@@ -35,8 +35,11 @@ def recomputed(f: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def remade(f: Callable[[Tensor], Tensor], p: nn.Parameter) -> Tensor:
-    """f(p) for a trained tensor, made again in backward; its graph may be walked more than once, so that the
-    layers of one forward pass can share the value whatever is checkpointed."""
+    """f(p) for a trained tensor, recomputed in backward.
+
+    Backward may run through its graph more than once, so that the layers of one forward pass can share the
+    value, with gradient checkpointing too.
+    """
     with exact(p):
         return f(p) if torch.compiler.is_compiling() else _Remade.apply(f, p)
 
@@ -49,11 +52,12 @@ def rebuilt(
     *params: Tensor,
     straight: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """x (W + delta(W, *params))^T + b, delta (out, in), without keeping the dense matrix.
+    """x (W + delta(W, *params))^T + b, delta (out, in), without saving the dense matrix.
 
     In full precision W + delta is one matrix and one product. In half precision that would round the change
-    away, so the change is a product of its own, as it is on a layer that is not plain.
-    With `straight`, the gradients of `params` are those of straight(x, *params) (..., out) instead.
+    away, so the change is multiplied on its own, as it is on a layer that is not plain.
+    With `straight`, a straight-through estimate: the gradients of `params` are those of straight(x, *params),
+    (..., out), instead.
     """
     X, W = cast(x), site.weight
     if fusable(site, x) and X.dtype in (torch.float32, torch.float64):
@@ -74,6 +78,8 @@ def _rebuilt(
 
 
 class _Remade(torch.autograd.Function):
+    """f(p), with p itself saved on the context: not freed by the first backward."""
+
     @staticmethod
     def forward(ctx, f, p):
         ctx.f, ctx.p = f, p
@@ -87,6 +93,8 @@ class _Remade(torch.autograd.Function):
 
 
 class _Recomputed(torch.autograd.Function):
+    """f(*tensors), with f run again in backward."""
+
     @staticmethod
     def forward(ctx, f, *tensors):
         ctx.f = f
@@ -96,12 +104,12 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        wanted = ctx.needs_input_grad[1:]
-        leaves = [t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        needs_grad = ctx.needs_input_grad[1:]
+        leaves = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needs_grad, strict=True)]
         with torch.enable_grad(), exact(dy):
             y = ctx.f(*leaves)
         grads = iter(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy))
-        return None, *(next(grads) if w else None for w in wanted)
+        return None, *(next(grads) if n else None for n in needs_grad)
 
 
 class _Rebuilt(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Rotations made of small blocks: from skew matrices, and applied to activations block by block."""
+"""Block-diagonal rotations: made from skew-symmetric matrices, and applied to activations block by block."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from torch import Tensor
 
 
 def cayley(Q: Tensor) -> Tensor:
-    """R = (I - Q) (I + Q)^-1, orthogonal for skew Q (..., c, c)."""
+    """R = (I - Q) (I + Q)^-1, orthogonal for skew-symmetric Q (..., c, c): the Cayley transform."""
     E = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
     return torch.linalg.solve(E + Q, E - Q)  # the two factors commute
 
 
 def neumann(Q: Tensor, terms: int) -> Tensor:
-    """R = I + 2 Q + 2 Q^2 + ... + Q^(terms - 1): the series of (I + Q) (I - Q)^-1, its last term once."""
+    """R = I + 2 Q + 2 Q^2 + ... + Q^(terms - 1): the Neumann series of (I + Q) (I - Q)^-1, (..., c, c).
+
+    The last term counts once, not twice; `terms` is at least 3.
+    """
     P = Q
     R = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype) + 2 * Q
     for _ in range(terms - 3):

@@ -28,7 +28,7 @@ PUBLISHED = {
 
 
 def factors(n: int) -> list[int]:
-    """n as a product: the largest divisors up to `WIDEST` first, then what is left."""
+    """n as a product: the largest divisors up to `WIDEST` first, then the rest."""
     if n == 1:
         return []
     k = next((k for k in range(min(WIDEST, n), 1, -1) if n % k == 0), None)
@@ -42,7 +42,10 @@ def shape_of(width: int, bottleneck: int) -> tuple[int, ...]:
 
 
 class TensorTrain(nn.Module):
-    """Cores of a (rows, columns) matrix, the product of `shape`, with inner ranks R."""
+    """The trained cores of a matrix of `size` (rows, columns), whose factors are `shape`, with inner ranks R.
+
+    Raises `ValueError` when the product of `shape` is not rows * columns.
+    """
 
     def __init__(self, ctx: Context, key: str, size: tuple[int, int], shape: tuple[int, ...], R: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Base models: which are known, how one comes to this machine, how it is loaded, looked into and pruned.
+"""Base models: listed, downloaded, loaded, probed and pruned.
 
-`loading` gives weights and tokenizer by name (`load`) or the bare shapes (`on_meta`), `silence` keeps
-transformers quiet meanwhile. `catalogue` lists, `hub` and `download` fetch, `probe` shows a method the inputs
-and gradients of layers, `low_rank_start` derives a pair's start from them, `text_reader` turns a text into
-vectors, `pruning` zeroes base weights.
+`catalogue` lists, `hub` and `download` fetch, `loading` returns weights and tokenizer by name (`load`) or
+shapes without weights (`on_meta`), `silence` hides transformers' progress bars. `probe` collects the
+inputs and gradients of layers, `low_rank_start` derives initial values of a low-rank pair from them,
+`text_reader` turns a text into vectors, `pruning` zeroes base weights.
 """
 
 from __future__ import annotations

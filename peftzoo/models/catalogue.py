@@ -15,42 +15,43 @@ from pathlib import Path
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = ASSETS / "embedded"
 MARKER = "peftzoo.json"
+"""File in a fetched model's folder that holds its source, and the sha256 and size of the weights."""
 WEIGHTS = "model.safetensors"
 
 
 def home() -> Path:
-    """Where fetched models live: `PEFTZOO_HOME`, or `~/.cache/peftzoo`."""
+    """Folder of fetched models: `PEFTZOO_HOME`, or `~/.cache/peftzoo`."""
     return Path(os.environ.get("PEFTZOO_HOME") or "~/.cache/peftzoo").expanduser()
 
 
 @cache
 def aliases() -> dict[str, dict]:
-    """Short names of the real models, each with its Hub id and the package that carries it."""
+    """Aliases of models with weights -> their Hub id (`hub`) and the PyPI package with a copy (`pypi`)."""
     return json.loads((ASSETS / "models.json").read_text(encoding="utf-8"))
 
 
 @cache
 def shapes() -> dict[str, dict]:
-    """Published configurations by name: hub, source, description, task, parameters, config."""
+    """Published configurations by name, with keys hub, source, description, task, parameters, config."""
     files = sorted((ASSETS / "shapes").glob("*.json"))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def known() -> list[dict]:
     """One row per model: name, kind (embedded | real | shape), parameters, where, description."""
-    own = EMBEDDED / WEIGHTS
-    count = safetensors_size(own) if own.is_file() else None
+    weights = EMBEDDED / WEIGHTS
+    count = safetensors_size(weights) if weights.is_file() else None
     about = "a small Llama made for this project, with its own tokenizer"
-    first = dict(name="embedded", kind="embedded", parameters=count, where="ships with peftzoo")
-    rows = [{**first, "description": about}]
+    embedded = dict(name="embedded", kind="embedded", parameters=count, where="ships with peftzoo")
+    rows = [{**embedded, "description": about}]
     for name, shape in shapes().items():
-        here = dict(name=name, kind="shape", parameters=shape["parameters"], where="no weights, meta device")
+        row = dict(name=name, kind="shape", parameters=shape["parameters"], where="no weights, meta device")
         if name in aliases():
             fetched = marker(folder(name)) or hub_cached(shape["hub"], WEIGHTS)
             missing = f'not here: run "peftzoo models get {name}"'
-            here.update(kind="real", where="on this machine" if fetched else missing)
-        rows.append({**here, "description": shape["description"]})
-    return sorted(rows, key=lambda row: ("embedded", "real", "shape").index(row["kind"]))
+            row.update(kind="real", where="on this machine" if fetched else missing)
+        rows.append({**row, "description": shape["description"]})
+    return sorted(rows, key=lambda r: ("embedded", "real", "shape").index(r["kind"]))
 
 
 def safetensors_size(path: Path) -> int:
@@ -61,21 +62,21 @@ def safetensors_size(path: Path) -> int:
 
 
 def folder(name: str) -> Path:
-    """Where the model of an alias lives once it is fetched."""
+    """Folder of the model of an alias once it is fetched."""
     return home() / "models" / name
 
 
 def digest(path: Path) -> str:
-    """sha256 of one file."""
-    state = hashlib.sha256()
+    """sha256 of one file, in hex."""
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def marker(path: Path) -> dict | None:
-    """What `get` wrote about a folder; None without it, or when the weights do not have the noted length."""
+    """The facts that `download.get` wrote into a folder; None without them, or if the size differs."""
     file = path / MARKER
     if not file.is_file():
         return None
@@ -85,7 +86,7 @@ def marker(path: Path) -> dict | None:
 
 
 def intact(path: Path) -> bool:
-    """True when the folder is complete and its weights have the noted sha256."""
+    """True when the folder is complete and the weights have the sha256 of its marker."""
     facts = marker(path)
     return facts is not None and digest(path / WEIGHTS) == facts["sha256"]
 
@@ -94,5 +95,5 @@ def hub_cached(hub_id: str, file: str = "config.json") -> Path | None:
     """The newest snapshot in the Hub's local cache that has `file`, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub_id, file)
-    return Path(found).parent if isinstance(found, str) else None
+    cached = try_to_load_from_cache(hub_id, file)
+    return Path(cached).parent if isinstance(cached, str) else None

@@ -10,13 +10,13 @@ from peftzoo.models import catalogue
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]  # no pickle among them
 HUB_SKIPS = ["*/*", "consolidated*", "*.fp16.safetensors"]  # sub-folders and second copies of the weights
-HUB_SECONDS = 6.0  # how long the Hub may take to answer one question, name look-up included
+HUB_SECONDS = 6.0  # time limit of one request to the Hub, DNS look-up included
 
 
 def answers(hub_id: str, kind: str = "model") -> bool:
     """Ask the Hub once whether it has this model (or `dataset`); False when it cannot be reached in time.
 
-    Raises UserError when the Hub says that there is none of this name, or that it is closed to this user.
+    Raises `UserError` when the Hub has none of this name, or does not give this user access to it.
     """
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -32,9 +32,9 @@ def answers(hub_id: str, kind: str = "model") -> bool:
         except (OSError, HTTPError, ValueError) as error:
             replies.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)  # a look-up of the name can hang past any timeout
-    asking.start()
-    asking.join(HUB_SECONDS)
+    thread = threading.Thread(target=ask, daemon=True)  # a DNS look-up can hang past any timeout
+    thread.start()
+    thread.join(HUB_SECONDS)
     reply = replies[0] if replies else None
     if isinstance(reply, HfHubHTTPError) and reply.response.status_code in (401, 403, 404):
         raise UserError(
@@ -44,14 +44,18 @@ def answers(hub_id: str, kind: str = "model") -> bool:
 
 
 def snapshot(hub_id: str, *, code: bool = False, only_config: bool = False) -> Path:
-    """Snapshot folder of a Hub model, its name being the commit: from the Hub, else from the Hub's cache."""
+    """Snapshot folder of a Hub model, named after the commit: from the Hub, else from the local cache.
+
+    `code` fetches Python files too, `only_config` only config.json. Raises `UserError` when the download
+    breaks off, and when the Hub is out of reach and the model not in the cache.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     if answers(hub_id):
-        wanted = ["config.json"] if only_config else HUB_FILES + ["*.py"] * code
+        patterns = ["config.json"] if only_config else HUB_FILES + ["*.py"] * code
         try:
-            return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=HUB_SKIPS))
+            return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=HUB_SKIPS))
         except (HfHubHTTPError, HTTPError, OSError) as error:
             raise UserError(
                 f'the Hub broke off while sending "{hub_id}" ({type(error).__name__}): run it again'

@@ -1,6 +1,6 @@
-"""Looking at data before training: what flows into the layers, and the gradients of their weights.
+"""Statistics from data before training: the inputs of layers, and the gradients of their weights.
 
-The model runs in eval mode, so that no dropout draws random numbers; every setting is put back afterwards.
+The model runs in eval mode, so that no dropout draws random numbers; every setting is restored afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peftzoo.errors import UserError
 
 
 @contextmanager
-def _still(model: torch.nn.Module) -> Iterator[None]:
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, with each module's own mode and each parameter's gradient put back afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -32,40 +32,44 @@ def _still(model: torch.nn.Module) -> Iterator[None]:
             p.grad = grad
 
 
-def _batches(ctx: Context, most: int) -> Iterator[dict[str, Tensor]]:
-    seen = 0
-    for seen, batch in enumerate(itertools.islice(ctx.batches(), most), 1):  # noqa: B007
+def _batches(ctx: Context, limit: int) -> Iterator[dict[str, Tensor]]:
+    """Up to `limit` batches of training data. Raises `UserError` when there are none."""
+    count = 0
+    for count, batch in enumerate(itertools.islice(ctx.batches(), limit), 1):  # noqa: B007
         yield batch
-    if not seen:
-        raise UserError("there is no training data to look at: batches() gives none")
+    if not count:
+        raise UserError("there is no training data to read: batches() returned no batch")
 
 
 @torch.no_grad()
-def inputs(ctx: Context, sites: list[Site], most: int, see: Callable[[Site, Tensor], None]) -> dict[str, str]:
-    """Show what flows into `sites` on up to `most` batches: see(site, X), X (tokens, in) without padding.
+def inputs(
+    ctx: Context, sites: list[Site], limit: int, collect: Callable[[Site, Tensor], None]
+) -> dict[str, str]:
+    """Call collect(site, X) with the inputs X (tokens, in) of `sites` on up to `limit` batches.
 
-    Labels of -100 leave their tokens out too. Layers that read the same tensor (q, k, v) are shown once.
-    Returns for each site's name the name of the site that was shown for it.
+    Padding and tokens whose label is -100 are left out. Sites that read the same tensor (q, k, v) are
+    collected once, under the first one. Returns for each site's name the name of the site under which its
+    inputs were collected. Raises `UserError` without data.
     """
-    shown: dict[str, str] = {}
-    last: list = [None, ""]  # the tensor that was read last, and by whom
+    source: dict[str, str] = {}
+    last: list = [None, ""]  # the last input tensor, and the name of the site that read it
     mask: Tensor | None = None
 
-    def hook(site: Site) -> Callable:
-        def look(module, args) -> None:
+    def make_hook(site: Site) -> Callable:
+        def forward_pre_hook(module, args) -> None:
             x = args[0]
             if x is last[0]:
-                shown.setdefault(site.name, last[1])
-            elif shown.setdefault(site.name, site.name) == site.name:
+                source.setdefault(site.name, last[1])
+            elif source.setdefault(site.name, site.name) == site.name:
                 last[:] = x, site.name
-                see(site, x[mask] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1]))
+                collect(site, x[mask] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1]))
 
-        return look
+        return forward_pre_hook
 
-    handles = [s.module.register_forward_pre_hook(hook(s)) for s in sites]
+    handles = [s.module.register_forward_pre_hook(make_hook(s)) for s in sites]
     try:
-        with _still(ctx.model):
-            for batch in _batches(ctx, most):
+        with _eval_mode(ctx.model):
+            for batch in _batches(ctx, limit):
                 mask = batch["attention_mask"].bool()
                 if batch["labels"].shape == mask.shape:
                     mask = mask & (batch["labels"] != -100)
@@ -74,29 +78,30 @@ def inputs(ctx: Context, sites: list[Site], most: int, see: Callable[[Site, Tens
     finally:
         for handle in handles:
             handle.remove()
-    return shown
+    return source
 
 
-def gradients(ctx: Context, sites: list[Site], most: int) -> dict[str, Tensor]:
-    """Name of each site -> the mean of dL/dW (out, in) over up to `most` batches, in fp32 on the CPU.
+def gradients(ctx: Context, sites: list[Site], limit: int) -> dict[str, Tensor]:
+    """Name of each site -> the mean of dL/dW (out, in) over up to `limit` batches, in fp32 on the CPU.
 
-    Each layer's gradient leaves the device as soon as it is there, so that memory holds one at a time.
+    Each layer's gradient leaves the device as soon as it is computed, so that device memory holds one at a
+    time. Raises `UserError` without data, and for a site that the loss does not depend on.
     """
     weights = {id(s.module.weight): s for s in sites}
     total: dict[str, Tensor] = {}
 
-    def collect(W: Tensor) -> None:
+    def accumulate(W: Tensor) -> None:
         site = weights[id(W)]
         G = (W.grad.T if site.transposed else W.grad).float().cpu()
         total[site.name] = G + total[site.name] if site.name in total else G
         W.grad = None
 
-    with _still(ctx.model), torch.enable_grad():
+    with _eval_mode(ctx.model), torch.enable_grad():
         for p in ctx.model.parameters():
             p.requires_grad_(id(p) in weights)
-        handles = [s.module.weight.register_post_accumulate_grad_hook(collect) for s in sites]
+        handles = [s.module.weight.register_post_accumulate_grad_hook(accumulate) for s in sites]
         try:
-            for n, batch in enumerate(_batches(ctx, most), 1):  # noqa: B007
+            for n, batch in enumerate(_batches(ctx, limit), 1):  # noqa: B007
                 ctx.model(**batch).loss.backward()
         finally:
             for handle in handles:

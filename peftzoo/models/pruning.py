@@ -1,9 +1,9 @@
 """Pruned base models: before a method is attached, a share of every linear layer's weights becomes zero.
 
-magnitude: the smallest |W| of a layer go (Han et al., arXiv 1506.02626).
-wanda: the smallest |W_ij| |x_j| of each output row go, |x_j| the norm of input j over the calibration
-batches; layer after layer, so that a layer sees what the pruned ones before it give (Sun et al.,
-arXiv 2306.11695).
+magnitude: the smallest |W| of a layer become zero (Han et al., arXiv 1506.02626).
+wanda: the smallest |W_ij| |x_j| of each output row become zero, |x_j| the norm of input j over the
+calibration batches; layer after layer, so that a layer's inputs come from the pruned layers before it (Sun et
+al., arXiv 2306.11695).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from peftzoo.contract import LINEAR, Context, Site, find_sites
 from peftzoo.errors import UserError, unknown
 from peftzoo.models import probe
 
-HOW = ("magnitude", "wanda")
+CRITERIA = ("magnitude", "wanda")
 BATCHES = 16
-"""Calibration batches for wanda."""
+"""Number of calibration batches for wanda."""
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What goes: a share of the weights, or all but `keep` of every `group` neighbours in a row."""
+    """What is set to zero: a `share` of the weights, or of every `group` adjacent weights in a row."""
 
     how: str
     share: float
@@ -35,12 +35,15 @@ class Pruning:
 
     @classmethod
     def parse(cls, text: str) -> Pruning:
-        """`magnitude:0.5`, `wanda:0.5`, or N:M patterns such as `wanda:2:4` (N of M go)."""
+        """`magnitude:0.5`, `wanda:0.5`, or N:M patterns such as `wanda:2:4` (N of M become zero).
+
+        Raises `UserError` for an unknown criterion and for a share outside (0, 1).
+        """
         how, _, amount = text.partition(":")
-        if how not in HOW:
-            raise unknown("pruning", how, HOW)
-        if found := re.fullmatch(r"(\d+):(\d+)", amount):
-            n, m = int(found[1]), int(found[2])
+        if how not in CRITERIA:
+            raise unknown("pruning", how, CRITERIA)
+        if match := re.fullmatch(r"(\d+):(\d+)", amount):
+            n, m = int(match[1]), int(match[2])
             share, group = (n / m, m) if m else (0.0, 0)
         else:
             share, group = (float(amount) if re.fullmatch(r"0?\.\d+", amount) else 0.0), 0
@@ -49,17 +52,23 @@ class Pruning:
         return cls(how, share, group)
 
 
-def prune(model: nn.Module, how: Pruning, batches: Callable[[], Iterable[dict[str, Tensor]]]) -> float:
-    """Set weights of `model` to zero, in place; returns the share of zeros in its linear layers."""
+def prune(model: nn.Module, pruning: Pruning, batches: Callable[[], Iterable[dict[str, Tensor]]]) -> float:
+    """Set weights of `model` to zero, in place; returns the share of zeros in its linear layers.
+
+    `batches` returns the calibration batches. Raises `UserError` when an N:M group does not divide a layer's
+    inputs.
+    """
     sites = find_sites(model, ("all",), LINEAR)
-    if how.how == "magnitude":
+    if pruning.how == "magnitude":
         for site in sites:
-            _zero(site, site.weight.abs(), how, whole=not how.group)
+            _zero_smallest(site, site.weight.abs(), pruning, per_matrix=not pruning.group)
     else:
-        kept = [_all_tokens(b) for b in itertools.islice(batches(), BATCHES)]
+        calibration = [_label_all_tokens(b) for b in itertools.islice(batches(), BATCHES)]
         for _, layer in itertools.groupby(sites, key=lambda s: s.layer):
-            for site, norm in _norms(model, list(layer), kept):
-                _zero(site, site.weight.abs() * norm.to(site.weight.dtype), how, whole=False)
+            for site, norm in _input_norms(model, list(layer), calibration):
+                _zero_smallest(
+                    site, site.weight.abs() * norm.to(site.weight.dtype), pruning, per_matrix=False
+                )
     return sparsity(model)
 
 
@@ -69,33 +78,33 @@ def sparsity(model: nn.Module) -> float:
     return sum(int((W == 0).sum()) for W in weights) / sum(W.numel() for W in weights)
 
 
-def _all_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Calibration looks at prompts too, whatever the loss looks at."""
-    fits = batch["labels"].shape == batch["input_ids"].shape
-    return {**batch, "labels": batch["input_ids"]} if fits else batch
+def _label_all_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with its inputs as labels: calibration counts prompt tokens too, unlike the loss."""
+    per_token = batch["labels"].shape == batch["input_ids"].shape
+    return {**batch, "labels": batch["input_ids"]} if per_token else batch
 
 
-def _norms(
+def _input_norms(
     model: nn.Module, sites: list[Site], batches: list[dict[str, Tensor]]
 ) -> Iterator[tuple[Site, Tensor]]:
-    """Each site with the norm of its inputs, (in,)."""
+    """Each site with the norm of its inputs over all tokens, (in,)."""
     squares: dict[str, Tensor] = {}
 
-    def see(site: Site, X: Tensor) -> None:
+    def collect(site: Site, X: Tensor) -> None:
         squares[site.name] = X.float().square().sum(0) + squares.get(site.name, 0.0)
 
-    shown = probe.inputs(Context(model, batches=lambda: batches), sites, len(batches), see)
+    source = probe.inputs(Context(model, batches=lambda: batches), sites, len(batches), collect)
     for site in sites:
-        yield site, squares[shown[site.name]].sqrt()
+        yield site, squares[source[site.name]].sqrt()
 
 
 @torch.no_grad()
-def _zero(site: Site, score: Tensor, how: Pruning, whole: bool) -> None:
-    """Zero the entries of smallest score (out, in): of the whole matrix, of each row, of each group."""
+def _zero_smallest(site: Site, score: Tensor, pruning: Pruning, per_matrix: bool) -> None:
+    """Zero the weights of smallest score (out, in): per matrix, else per row, or per group of a row."""
     out, in_ = score.shape
-    if how.group and in_ % how.group:
-        raise UserError(f"--prune: {how.group} does not divide the {in_} inputs of {site.name}")
-    rows = score.reshape(1, -1) if whole else score.reshape(-1, how.group or in_)
-    least = rows.argsort(dim=1, stable=True)[:, : round(how.share * rows.shape[1])]
-    keep = torch.ones_like(rows, dtype=torch.bool).scatter_(1, least, False).view(out, in_)
+    if pruning.group and in_ % pruning.group:
+        raise UserError(f"--prune: {pruning.group} does not divide the {in_} inputs of {site.name}")
+    rows = score.reshape(1, -1) if per_matrix else score.reshape(-1, pruning.group or in_)
+    smallest = rows.argsort(dim=1, stable=True)[:, : round(pruning.share * rows.shape[1])]
+    keep = torch.ones_like(rows, dtype=torch.bool).scatter_(1, smallest, False).view(out, in_)
     site.weight.mul_(keep)

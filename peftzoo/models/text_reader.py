@@ -1,4 +1,4 @@
-"""A language model that reads a text and answers in vectors: the final states of tokens put behind it."""
+"""A language model that encodes a text as vectors: the last hidden states of learned tokens after it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from peftzoo.contract import Context
 from peftzoo.errors import UserError
 
 SELF = "self"
+"""Name of the base model itself as the reader."""
 
 
 class TextReader(nn.Module):
@@ -22,7 +23,7 @@ class TextReader(nn.Module):
 
     `self` is the base model, through modules of its own over the same weights, so that parts around the base
     do not touch it. Neither the model nor its tokenizer is registered; the adapter is, under the name of its
-    method.
+    method. `width` is the hidden size. Raises `UserError` for a model that cannot be used this way.
     """
 
     def __init__(self, name: str, ctx: Context, method: str, **options: Any) -> None:
@@ -31,7 +32,7 @@ class TextReader(nn.Module):
             raise UserError(
                 f'"{name}": records hold no full paths: name this folder relative to the current one'
             )
-        model, tokenizer = _shared(ctx) if name == SELF else _loaded(name, ctx)
+        model, tokenizer = _base_model(ctx) if name == SELF else _other_model(name, ctx)
         embedding = model.get_input_embeddings()
         self.width = model.config.get_text_config().hidden_size
         if not isinstance(embedding, nn.Embedding) or embedding.weight.shape[1] != self.width:
@@ -45,7 +46,7 @@ class TextReader(nn.Module):
         object.__setattr__(self, "reader", (model.eval(), tokenizer))
 
     def tokens(self, text: str) -> Tensor:
-        """Token ids of the text, (T,); none for an empty text and on bare shapes."""
+        """Token ids of the text, (T,); empty for an empty text and on the meta device."""
         model, tokenizer = self.reader
         if not text or self.meta.is_meta:
             return torch.empty(0, dtype=torch.long, device=self.meta.device)
@@ -54,26 +55,31 @@ class TextReader(nn.Module):
         return torch.tensor(tokenizer(text)["input_ids"], device=model.device)
 
     def forward(self, ids: Tensor, n: int) -> Tensor:
-        """Final states (n, width), in fp32, of n learned tokens behind ids (T,)."""
+        """Last hidden states (n, width), in fp32, of n learned tokens after ids (T,).
+
+        Raises `UserError` when the text is too long for the model.
+        """
         model, _ = self.reader
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if most and len(ids) + n > most:
-            raise UserError(f"the description has {len(ids)} tokens, its reader takes {most - n}: shorten it")
-        words = model.get_input_embeddings()(ids)
-        x = torch.cat([words, self.meta.to(words.dtype).expand(n, -1)])
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and len(ids) + n > limit:
+            raise UserError(
+                f"the description has {len(ids)} tokens, its reader takes {limit - n}: shorten it"
+            )
+        text = model.get_input_embeddings()(ids)
+        x = torch.cat([text, self.meta.to(text.dtype).expand(n, -1)])
         return model(inputs_embeds=x[None]).last_hidden_state[0, -n:].float()
 
 
-def _shared(ctx: Context) -> tuple[PreTrainedModel, Any]:
-    """The base's own weights in fresh modules, without its head."""
+def _base_model(ctx: Context) -> tuple[PreTrainedModel, Any]:
+    """Base model and tokenizer: new modules over the base's own weights, without its head."""
     if not isinstance(ctx.model, PreTrainedModel) or ctx.model.config.is_encoder_decoder:
         raise UserError(f"{type(ctx.model).__name__} cannot read for itself: name another model")
-    kept = {id(t): t for t in (*ctx.model.parameters(), *ctx.model.buffers())}
-    return copy.deepcopy(ctx.model.base_model, kept), ctx.tokenizer
+    shared = {id(t): t for t in (*ctx.model.parameters(), *ctx.model.buffers())}  # deepcopy's memo
+    return copy.deepcopy(ctx.model.base_model, shared), ctx.tokenizer
 
 
-def _loaded(name: str, ctx: Context) -> tuple[PreTrainedModel, Any]:
+def _other_model(name: str, ctx: Context) -> tuple[PreTrainedModel, Any]:
     if ctx.meta:
         return models.on_meta(name).base_model, None
-    found = models.load(name)
-    return found.model.base_model.to(ctx.model.device).requires_grad_(False), found.tokenizer
+    loaded = models.load(name)
+    return loaded.model.base_model.to(ctx.model.device).requires_grad_(False), loaded.tokenizer

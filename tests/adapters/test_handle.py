@@ -22,7 +22,7 @@ def logits(model, batch):
         return model(**batch).logits
 
 
-def noisy(handle):
+def perturbed(handle):
     """Give the trained tensors values at which the method is not the identity."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_method_that_reads_data_asks_for_it(tiny):
     peftzoo.attach(tiny("bert"), cls, batches=list)
 
 
-def test_signature_of_a_wrapped_module_is_kept(tiny):
+def test_signature_of_a_wrapped_module_is_unchanged(tiny):
     model = tiny("llama")
     before = inspect.signature(model.forward)
     peftzoo.attach(model, scale(("", MODEL)))
@@ -141,7 +141,7 @@ def test_parts_at_every_kind_of_site(tiny, inputs, name, kind):
 @pytest.mark.parametrize("arch", ["bert", "llama"])
 def test_parts_follow_the_mode_of_the_model(tiny, inputs, arch):
     model = tiny(arch)
-    handle = noisy(peftzoo.attach(model, "lora", dropout=0.5, **LORA))
+    handle = perturbed(peftzoo.attach(model, "lora", dropout=0.5, **LORA))
     assert torch.equal(logits(model, inputs), logits(model, inputs)), "no dropout in eval mode"
     model.train()
     assert not torch.equal(logits(model, inputs), logits(model, inputs)), "dropout in train mode"
@@ -164,7 +164,7 @@ def test_attention_parts_follow_the_mode_of_the_model(tiny, inputs):
 def test_detach_twice_does_nothing_more(tiny, inputs):
     model = tiny("gpt2")
     before = logits(model, inputs)
-    handle = noisy(peftzoo.attach(model, "lora", **LORA))
+    handle = perturbed(peftzoo.attach(model, "lora", **LORA))
     assert handle.detach() is model and handle.detach() is model
     assert torch.equal(logits(model, inputs), before)
 
@@ -183,9 +183,9 @@ def test_detach_gives_back_what_was_trainable(tiny):
 def test_two_methods_come_off_in_reverse_order(tiny, inputs):
     model = tiny("bert")
     plain = logits(model, inputs)
-    first = noisy(peftzoo.attach(model, "lora", **LORA))
+    first = perturbed(peftzoo.attach(model, "lora", **LORA))
     one = logits(model, inputs)
-    second = noisy(peftzoo.attach(model, "lora", seed=1, **LORA))
+    second = perturbed(peftzoo.attach(model, "lora", seed=1, **LORA))
     two = logits(model, inputs)
     assert not torch.allclose(one, two)
     for act in (first.detach, first.merge):
@@ -237,7 +237,7 @@ def test_refused_attention_leaves_no_linear_part_behind(tiny):
 @pytest.mark.parametrize("arch", ["bert", "llama", "gpt2"])
 def test_merge_and_merged(tiny, inputs, arch):
     model = tiny(arch)
-    handle = noisy(peftzoo.attach(model, "lora", r=2))
+    handle = perturbed(peftzoo.attach(model, "lora", r=2))
     tuned, state = logits(model, inputs), snapshot(model)
     with handle.merged() as inside:
         assert inside is model
@@ -253,7 +253,7 @@ def test_merge_and_merged(tiny, inputs, arch):
 
 def test_merged_restores_after_an_error(tiny, inputs):
     model = tiny("bert")
-    handle = noisy(peftzoo.attach(model, "lora", **LORA))
+    handle = perturbed(peftzoo.attach(model, "lora", **LORA))
     tuned = logits(model, inputs)
     with pytest.raises(ValueError, match="inside"), handle.merged():
         raise ValueError("inside")
@@ -271,7 +271,7 @@ def test_merged_keeps_the_base_frozen_and_merge_does_not(tiny):
 
 def test_a_tied_weight_is_not_merged(tiny, inputs):
     model = tiny("llama")
-    handle = noisy(peftzoo.attach(model, "lora", r=2, targets="re:lm_head"))
+    handle = perturbed(peftzoo.attach(model, "lora", r=2, targets="re:lm_head"))
     tuned = logits(model, inputs)
     with pytest.raises(UserError, match=r"model\.embed_tokens and lm_head share one weight"):
         handle.merge()
@@ -286,7 +286,7 @@ def test_what_cannot_be_merged_says_so(tiny):
 
 def test_merging_half_precision_weights_is_done_in_fp32(tiny, inputs):
     model = tiny("llama").to(torch.bfloat16)
-    handle = noisy(peftzoo.attach(model, "lora", r=2))
+    handle = perturbed(peftzoo.attach(model, "lora", r=2))
     part = handle.adapter.parts["model/layers/0/mlp/up_proj"]
     W = part.site.weight
     expected = (W.float() + part.delta(W.float())).to(torch.bfloat16)
@@ -315,7 +315,10 @@ def test_only_a_head_can_be_trained(tiny):
 
 def test_state_dict_round_trip(tiny, inputs):
     how = {"head": ("classifier.weight",), **LORA}
-    one, two = noisy(peftzoo.attach(tiny("bert"), "lora", **how)), peftzoo.attach(tiny("bert"), "lora", **how)
+    one, two = (
+        perturbed(peftzoo.attach(tiny("bert"), "lora", **how)),
+        peftzoo.attach(tiny("bert"), "lora", **how),
+    )
     two.load_state_dict(one.state_dict())
     with torch.no_grad():
         two.model.classifier.weight.copy_(one.model.classifier.weight)
@@ -325,7 +328,7 @@ def test_state_dict_round_trip(tiny, inputs):
 
 @pytest.mark.parametrize("fault", ["lacks", "foreign", "shape"])
 def test_state_that_does_not_fit_changes_nothing(tiny, fault):
-    handle = noisy(peftzoo.attach(tiny("bert"), "lora", **LORA))
+    handle = perturbed(peftzoo.attach(tiny("bert"), "lora", **LORA))
     before = copy.deepcopy(handle.state_dict())
     other = {n: torch.zeros_like(t) for n, t in before.items()}
     last = max(other)
@@ -368,7 +371,7 @@ def test_seed_and_name_decide_the_random_tensors(tiny):
 
 def test_copy_of_the_model_alone_keeps_working(tiny, inputs):
     model = tiny("bert")
-    handle = noisy(peftzoo.attach(model, "lora", **LORA))
+    handle = perturbed(peftzoo.attach(model, "lora", **LORA))
     other = copy.deepcopy(model)
     before = logits(other, inputs)
     assert torch.equal(before, logits(model, inputs))

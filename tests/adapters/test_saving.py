@@ -52,12 +52,12 @@ def write_tensors(folder, data: bytes):
     write_card(folder, sha256=hashlib.sha256(data).hexdigest())
 
 
-def refused(model, folder, says=""):
+def assert_refused(model, folder, reason=""):
     before = snapshot(model)
     with pytest.raises(UserError) as error:
         saving.load(model, folder)
     message = str(error.value)
-    assert says in message and message.strip() and "Traceback" not in message
+    assert reason in message and message.strip() and "Traceback" not in message
     assert_bare(model, "a refused file")
     assert_unchanged(before, model, "a refused file")
     assert all(p.requires_grad for p in model.parameters()), "a refused file leaves the model frozen"
@@ -107,39 +107,39 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [CARD, TENSORS])
 def test_missing_file(saved, model, name):
     (saved / name).unlink()
-    refused(model, saved, f"{name} is missing")
+    assert_refused(model, saved, f"{name} is missing")
 
 
 def test_missing_folder(tmp_path, model):
-    refused(model, tmp_path / "nowhere", f"{CARD} is missing")
+    assert_refused(model, tmp_path / "nowhere", f"{CARD} is missing")
 
 
 @pytest.mark.parametrize("name", [CARD, TENSORS])
 def test_folder_in_place_of_a_file(saved, model, name):
     (saved / name).unlink()
     (saved / name).mkdir()
-    refused(model, saved, "cannot be read")
+    assert_refused(model, saved, "cannot be read")
 
 
 def test_file_in_place_of_the_folder(saved, model):
-    refused(model, saved / CARD, "cannot be read")
+    assert_refused(model, saved / CARD, "cannot be read")
 
 
 def test_every_truncation_of_the_tensors(saved, model):
     data = (saved / TENSORS).read_bytes()
     for size in [0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 4, len(data) - 1]:
         (saved / TENSORS).write_bytes(data[:size])
-        refused(model, saved, "sha256 differs")
+        assert_refused(model, saved, "sha256 differs")
     for size in [0, 7, 8, 100, len(data) // 2, len(data) - 4]:
         write_tensors(saved, data[:size])
-        refused(model, saved, "not a safetensors file")
+        assert_refused(model, saved, "not a safetensors file")
 
 
 def test_one_flipped_byte(saved, model):
     data = bytearray((saved / TENSORS).read_bytes())
     data[-1] ^= 1
     (saved / TENSORS).write_bytes(bytes(data))
-    refused(model, saved, "sha256 differs")
+    assert_refused(model, saved, "sha256 differs")
 
 
 def test_garbage_with_a_right_checksum(saved, model):
@@ -169,7 +169,7 @@ def test_tensors_of_another_adapter(saved, model, change):
     elif change == "dtype":
         tensors[name] = value.to(torch.int64)
     write_tensors(saved, to_bytes(tensors))
-    refused(model, saved)
+    assert_refused(model, saved)
 
 
 HOSTILE = [
@@ -181,12 +181,12 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: repr(t[:16]))
 def test_hostile_json(saved, model, text):
     (saved / CARD).write_text(text)
-    refused(model, saved)
+    assert_refused(model, saved)
 
 
 def test_json_that_is_not_text(saved, model):
     (saved / CARD).write_bytes(b"\xff\xfe\x00\x01{}")
-    refused(model, saved, "not JSON")
+    assert_refused(model, saved, "not JSON")
 
 
 ODD = [None, True, -1, 10**30, 0.5, "", "x", [], [1], [None], [[]], [{}], {}, {"x": {}}, "../../etc", "\x00"]
@@ -202,10 +202,10 @@ def test_odd_values_in_the_card(saved, model, key):
         if harmless:
             saving.load(model, saved).detach()
         else:
-            refused(model, saved)
+            assert_refused(model, saved)
     del good[key]
     (saved / CARD).write_text(json.dumps(good))
-    refused(model, saved, "not a peftzoo adapter card")
+    assert_refused(model, saved, "not a peftzoo adapter card")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_odd_values_in_the_card(saved, model, key):
 )  # fmt: skip
 def test_odd_options_in_the_card(saved, model, config):
     write_card(saved, config=config)
-    refused(model, saved)
+    assert_refused(model, saved)
 
 
 @pytest.mark.parametrize(
@@ -227,22 +227,22 @@ def test_odd_options_in_the_card(saved, model, config):
 )
 def test_foreign_method(saved, model, method):
     write_card(saved, method=method)
-    refused(model, saved)
+    assert_refused(model, saved)
 
 
 def test_newer_format(saved, model):
     write_card(saved, format=saving.FORMAT + 1)
-    refused(model, saved, "this version reads")
+    assert_refused(model, saved, "this version reads")
 
 
 def test_other_architecture(saved, tiny):
-    refused(tiny("gpt2"), saved, "lacks")
-    refused(tiny("llama"), saved, "lacks")
+    assert_refused(tiny("gpt2"), saved, "lacks")
+    assert_refused(tiny("llama"), saved, "lacks")
 
 
 def test_other_layers(saved, model):
     write_card(saved, sites=card_of(saved)["sites"][::-1])
-    refused(model, saved, "other layers")
+    assert_refused(model, saved, "other layers")
 
 
 def test_other_width(saved, tiny):
@@ -250,4 +250,4 @@ def test_other_width(saved, tiny):
 
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     wide = BertForSequenceClassification(BertConfig(**size, vocab_size=50, num_labels=3))
-    refused(wide, saved, "the model needs")
+    assert_refused(wide, saved, "the model needs")

@@ -105,6 +105,6 @@ def test_hooks_and_penalty_reach_the_trainer(tmp_path) -> None:
 
 
 def test_state_of_another_method_is_refused() -> None:
-    whole = peftzoo.for_trainer(peftzoo.attach(tiny(), "lora", r=2))["model"]
+    module = peftzoo.for_trainer(peftzoo.attach(tiny(), "lora", r=2))["model"]
     with pytest.raises(peftzoo.UserError, match="lacks tensor"):
-        whole.load_state_dict({})
+        module.load_state_dict({})

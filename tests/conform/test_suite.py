@@ -29,15 +29,15 @@ def test_method(name, check, arch):
 
 
 def outcome(cls, check, arch="bert") -> str:
-    found = {c.name: c for c in conform.checks()}[f"check_{check}"]
-    result = conform.run_one(cls, found, arch if found.archs else conform.ANY)
+    function = {c.name: c for c in conform.checks()}[f"check_{check}"]
+    result = conform.run_one(cls, function, arch if function.archs else conform.ANY)
     return result.outcome
 
 
 def faulty(**changes):
-    """LoRA with class attributes of the adapter replaced; `part` is a function (site, owner) -> Part."""
-    if make := changes.pop("make", None):
-        changes["part"] = lambda self, site: make(site, self)
+    """LoRA with class attributes of the adapter replaced; `part_class` is called with (site, owner)."""
+    if part_class := changes.pop("part_class", None):
+        changes["part"] = lambda self, site: part_class(site, self)
     return type("Faulty", (LoRA,), {"__module__": LoRA.__module__, "name": "lora", **changes})
 
 
@@ -68,7 +68,7 @@ class Idle(LoRAPart):
 class RegistersBase(LoRAPart):
     def __init__(self, site, owner):
         super().__init__(site, owner)
-        self.kept = site.module
+        self.base = site.module
 
 
 class OtherScale(LoRAPart):
@@ -86,7 +86,7 @@ class Widens(LoRAPart):
         return super().forward(base, x).float()
 
 
-class Remembers(LoRAPart):
+class CountsCalls(LoRAPart):
     """Counts its calls: wrong under checkpointing and between two generations."""
 
     calls = 0
@@ -96,7 +96,7 @@ class Remembers(LoRAPart):
         return super().forward(base, x) * (1 + 0.05 * self.calls)
 
 
-class LooksAround(LoRAPart):
+class UsesOtherTokens(LoRAPart):
     """Depends on the number of tokens, so the cache and padding change the answer."""
 
     def forward(self, base, x):
@@ -126,18 +126,18 @@ FAULTS = [
     (faulty(known_failures={"check_no_such": "why"}), "card"),
     (faulty(__init__=lambda self, c=None: (LoRA.__init__(self, c), torch.rand(1))[0]), "init_only_stores"),
     (faulty(trains=False), "trainable"),
-    (faulty(make=NotZeroAtStart), "identity"),
-    (faulty(make=GlobalRandom), "deterministic"),
-    (faulty(make=SharesKey), "deterministic"),
-    (faulty(make=Half), "trainable"),
-    (faulty(make=Idle), "every_gradient"),
-    (faulty(make=RegistersBase), "reload"),
-    (faulty(make=OtherScale), "forward_is_delta"),
-    (faulty(make=OtherScale), "merge"),
-    (faulty(make=Dense), "memory"),
-    (faulty(make=Widens), "autocast"),
-    (faulty(make=Remembers), "copy"),
-    (faulty(make=SavesRandom), "reload"),
+    (faulty(part_class=NotZeroAtStart), "identity"),
+    (faulty(part_class=GlobalRandom), "deterministic"),
+    (faulty(part_class=SharesKey), "deterministic"),
+    (faulty(part_class=Half), "trainable"),
+    (faulty(part_class=Idle), "every_gradient"),
+    (faulty(part_class=RegistersBase), "reload"),
+    (faulty(part_class=OtherScale), "forward_is_delta"),
+    (faulty(part_class=OtherScale), "merge"),
+    (faulty(part_class=Dense), "memory"),
+    (faulty(part_class=Widens), "autocast"),
+    (faulty(part_class=CountsCalls), "copy"),
+    (faulty(part_class=SavesRandom), "reload"),
     (faulty(after_step=writes_base), "base_untouched"),
     (faulty(after_step=writes_base), "hooks"),
     (faulty(after_step=writes_base), "detach"),
@@ -154,12 +154,12 @@ def test_fault_is_caught(cls, check):
     assert outcome(cls, check) == "failed"
 
 
-def test_part_that_looks_around_cannot_generate():
-    assert outcome(faulty(make=LooksAround), "generate", "llama") == "failed"
+def test_part_that_uses_other_tokens_cannot_generate():
+    assert outcome(faulty(part_class=UsesOtherTokens), "generate", "llama") == "failed"
 
 
 def test_known_failures():
-    cls = faulty(make=OtherScale, known_failures={"check_merge[bert]": "an example"})
+    cls = faulty(part_class=OtherScale, known_failures={"check_merge[bert]": "an example"})
     assert outcome(cls, "merge") == "known"
     assert outcome(cls, "merge", "gpt2") == "failed"
 

@@ -31,8 +31,8 @@ def write(tmp_path, text, file="mine.py"):
     return path
 
 
-def points(monkeypatch, *found):
-    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in found if p.group == group])
+def register(monkeypatch, *points):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
 
 
 def test_names_come_from_the_folder():
@@ -65,7 +65,7 @@ def test_plugin_file_with_a_taken_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("x = 1", "this has 0"),
         (PLUGIN.format(name="a") + PLUGIN.format(name="b").replace("Mine", "Other"), "this has 2"),
@@ -76,10 +76,10 @@ def test_plugin_file_with_a_taken_name(tmp_path):
         (PLUGIN.format(name="mine") + "    mergable = False\n", 'did you mean "mergeable"'),
     ],
 )
-def test_plugin_files_that_are_refused(tmp_path, text, says):
+def test_plugin_files_that_are_refused(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         registry.add_file(write(tmp_path, text))
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert registry._extra == {}
 
 
@@ -101,7 +101,7 @@ def test_own_helpers_are_not_hooks():
 def test_entry_point(monkeypatch, tmp_path):
     (tmp_path / "peftzoo_outside_test.py").write_text(PLUGIN.format(name="outside"))
     monkeypatch.syspath_prepend(tmp_path)
-    points(monkeypatch, EntryPoint("outside", "peftzoo_outside_test:Mine", "peftzoo.methods"))
+    register(monkeypatch, EntryPoint("outside", "peftzoo_outside_test:Mine", "peftzoo.methods"))
     assert "outside" in registry.methods()
     assert registry.get("outside").name == "outside"
 
@@ -109,14 +109,14 @@ def test_entry_point(monkeypatch, tmp_path):
 def test_entry_point_under_another_name(monkeypatch, tmp_path):
     (tmp_path / "peftzoo_other_test.py").write_text(PLUGIN.format(name="inner"))
     monkeypatch.syspath_prepend(tmp_path)
-    points(monkeypatch, EntryPoint("outer", "peftzoo_other_test:Mine", "peftzoo.methods"))
+    register(monkeypatch, EntryPoint("outer", "peftzoo_other_test:Mine", "peftzoo.methods"))
     with pytest.raises(UserError, match='its class is named "inner"'):
         registry.get("outer")
 
 
 @pytest.mark.parametrize("value", ["no_such_package_anywhere:Thing", "json:NoSuchThing", "json:dumps"])
 def test_broken_entry_point(monkeypatch, value):
-    points(monkeypatch, EntryPoint("broken", value, "peftzoo.methods"))
+    register(monkeypatch, EntryPoint("broken", value, "peftzoo.methods"))
     assert registry.get("lora").name == "lora", "a broken package does not disturb the others"
     with pytest.raises(UserError, match='"broken"'):
         registry.get("broken")
@@ -124,10 +124,10 @@ def test_broken_entry_point(monkeypatch, value):
 
 def test_entry_points_that_clash(monkeypatch):
     same = [EntryPoint("twice", f"{m}:Thing", "peftzoo.methods") for m in ("one", "two")]
-    points(monkeypatch, *same)
+    register(monkeypatch, *same)
     with pytest.raises(UserError, match="comes from two packages"):
         registry.methods()
-    points(monkeypatch, EntryPoint("lora", "one:Thing", "peftzoo.methods"))
+    register(monkeypatch, EntryPoint("lora", "one:Thing", "peftzoo.methods"))
     with pytest.raises(UserError, match=r'"lora" .* is built in'):
         registry.methods()
 

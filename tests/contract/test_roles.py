@@ -45,11 +45,11 @@ NOT_IN_LAYERS = ("pooler", "vision_tower", "multi_modal_projector")
 def on_meta(model_type: str, **config) -> nn.Module:
     from transformers import AutoModel
 
-    made = tiny_config(model_type)
+    model_config = tiny_config(model_type)
     for key, value in config.items():
-        setattr(made, key, value)
+        setattr(model_config, key, value)
     with torch.device("meta"):
-        return AutoModel.from_config(made)
+        return AutoModel.from_config(model_config)
 
 
 def test_every_architecture_is_tested():
@@ -120,7 +120,7 @@ def test_the_whole_model_is_one_site():
 
 
 @pytest.mark.parametrize(
-    ("targets", "says"),
+    ("targets", "message"),
     [
         (["quer"], 'unknown role "quer"'),
         (["blok"], 'did you mean "block"'),
@@ -129,8 +129,8 @@ def test_the_whole_model_is_one_site():
         (["qkv"], "no linear layer"),
     ],
 )
-def test_bad_targets(targets, says):
-    with pytest.raises(UserError, match=says.replace("(", r"\(")):
+def test_bad_targets(targets, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
         find_sites(on_meta("llama"), targets)
 
 
@@ -180,7 +180,7 @@ def inputs_for(model_type: str, text: dict) -> dict:
     return text | {"decoder_input_ids": text["input_ids"][:, :4]} if model_type == "t5" else text
 
 
-class _Watch(Part):
+class _CountingPart(Part):
     calls = 0
 
     def forward(self, base, q, k, v, mask):
@@ -189,26 +189,26 @@ class _Watch(Part):
         return base(q, k, v, mask)
 
 
-class _Watching(Adapter):
-    name, kind, trains, mergeable = "watching", ATTENTION, False, False
+class _CountingAdapter(Adapter):
+    name, kind, trains, mergeable = "counting", ATTENTION, False, False
 
     class Config(peftzoo.Config):
         targets: Targets = ("attention",)
 
     def part(self, site):
-        return _Watch(site, self)
+        return _CountingPart(site, self)
 
 
 @pytest.mark.parametrize("model_type", [a for a in ARCHITECTURES if a not in ("deberta-v2", "gemma3")])
 def test_attention_goes_through_parts(model_type, inputs):
-    """A part that hands everything on changes nothing, and every attention call passes through one."""
+    """A part that only calls the base changes nothing, and every attention call passes through one."""
     model, inputs = tiny_model(model_type), inputs_for(model_type, inputs)
     with torch.no_grad():
         before = model(**inputs)[0]
-        _Watch.calls = 0
-        handle = peftzoo.attach(model, _Watching)
+        _CountingPart.calls = 0
+        handle = peftzoo.attach(model, _CountingAdapter)
         after = model(**inputs)[0]
-    assert _Watch.calls == len(handle.sites)
+    assert _CountingPart.calls == len(handle.sites)
     real = inputs["attention_mask"].bool() if model_type not in ("t5", "vit") else slice(None)
     assert torch.allclose(before[real], after[real], atol=1e-5)
 
@@ -216,6 +216,6 @@ def test_attention_goes_through_parts(model_type, inputs):
 def test_attention_without_dispatch_is_refused():
     model = tiny_model("deberta-v2")
     with pytest.raises(UserError, match="DebertaV2Model computes attention without transformers' dispatch"):
-        peftzoo.attach(model, _Watching)
+        peftzoo.attach(model, _CountingAdapter)
     assert not any("_peftzoo_part" in vars(m) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())

@@ -31,9 +31,9 @@ def test_new_method_passes_every_check(tmp_path):
 def test_written_file_is_clean(tmp_path):
     path = new_method("a2b", tmp_path)
     ruff = [sys.executable, "-m", "ruff"]
-    how = ["--line-length", "110", "--isolated"]
-    subprocess.run([*ruff, "check", *how, "--select", "E,F,I,B,UP,SIM", str(path)], check=True)
-    subprocess.run([*ruff, "format", *how, "--check", str(path)], check=True)
+    options = ["--line-length", "110", "--isolated"]
+    subprocess.run([*ruff, "check", *options, "--select", "E,F,I,B,UP,SIM", str(path)], check=True)
+    subprocess.run([*ruff, "format", *options, "--check", str(path)], check=True)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_taken_name(tmp_path):
         new_method("lora", tmp_path)
 
 
-def test_existing_file_is_kept(tmp_path):
+def test_existing_file_is_not_overwritten(tmp_path):
     path = new_method("mine", tmp_path / "new" / "folder")
     path.write_text("edited")
     with pytest.raises(UserError, match="exists already"):

@@ -61,14 +61,14 @@ def seed():
     print("torch seed", torch.seed())
 
 
-def make(kernel: str, layer: str, shape, dtype=torch.float64, quiet_x=False):
+def make_case(kernel: str, layer: str, shape, dtype=torch.float64, quiet_x=False):
     module = LAYERS[layer]().to(dtype).requires_grad_(False)
     x = torch.randn(*shape, dtype=dtype, requires_grad=not quiet_x)
     tensors = [torch.randn(*s, dtype=dtype, requires_grad=True) for s in KERNELS[kernel][2]]
     return Site("layer", module), module.forward, x, tensors
 
 
-def both(kernel, site, base, x, tensors):
+def fused_and_plain(kernel, site, base, x, tensors):
     fused, plain, _ = KERNELS[kernel]
     return fused(site, base, x, *tensors), plain(site.weight, site.bias, x, *tensors)
 
@@ -89,8 +89,8 @@ def assert_same(got, want, **tolerance):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_values_and_gradients(kernel, layer, shape):
-    site, base, x, tensors = make(kernel, layer, shape)
-    got, want = both(kernel, site, base, x, tensors)
+    site, base, x, tensors = make_case(kernel, layer, shape)
+    got, want = fused_and_plain(kernel, site, base, x, tensors)
     torch.testing.assert_close(got, want)
     assert_same(grads(got, [x, *tensors]), grads(want, [x, *tensors]))
 
@@ -98,7 +98,7 @@ def test_values_and_gradients(kernel, layer, shape):
 @pytest.mark.parametrize("shape", [SHAPES["2-D"], SHAPES["many tokens"]], ids=["few", "many"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradcheck(kernel, shape):
-    site, base, x, tensors = make(kernel, "linear", shape)
+    site, base, x, tensors = make_case(kernel, "linear", shape)
     frozen = 2 if kernel == "frozen_pair" else 0
     head, tail = tensors[:frozen], tensors[frozen:]
     assert torch.autograd.gradcheck(lambda x, *t: KERNELS[kernel][0](site, base, x, *head, *t), (x, *tail))
@@ -106,17 +106,17 @@ def test_gradcheck(kernel, shape):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_input_without_gradient(kernel):
-    site, base, x, tensors = make(kernel, "linear", (4, 8, IN), quiet_x=True)
-    got, want = both(kernel, site, base, x, tensors)
+    site, base, x, tensors = make_case(kernel, "linear", (4, 8, IN), quiet_x=True)
+    got, want = fused_and_plain(kernel, site, base, x, tensors)
     assert_same(grads(got, tensors), grads(want, tensors))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", [(5, IN), (4, 8, IN)], ids=["few", "many"])
 def test_no_grad(kernel, shape):
-    site, base, x, tensors = make(kernel, "linear", shape)
+    site, base, x, tensors = make_case(kernel, "linear", shape)
     with torch.no_grad():
-        torch.testing.assert_close(*both(kernel, site, base, x, tensors))
+        torch.testing.assert_close(*fused_and_plain(kernel, site, base, x, tensors))
     with torch.inference_mode():
         y = KERNELS[kernel][0](site, base, x.detach().clone(), *tensors)
         torch.testing.assert_close(y, KERNELS[kernel][1](site.weight, site.bias, x, *tensors).clone())
@@ -125,7 +125,7 @@ def test_no_grad(kernel, shape):
 @pytest.mark.parametrize("shape", [(5, IN), (4, 8, IN)], ids=["few", "many"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_checkpointing(kernel, shape):
-    site, base, x, tensors = make(kernel, "linear", shape)
+    site, base, x, tensors = make_case(kernel, "linear", shape)
     fused = KERNELS[kernel][0]
     y = checkpoint(lambda x: fused(site, base, torch.tanh(x), *tensors).sin(), x, use_reentrant=False)
     want = fused(site, base, torch.tanh(x), *tensors).sin()
@@ -136,7 +136,7 @@ def test_checkpointing(kernel, shape):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_bfloat16(kernel, base_dtype):
     """A bf16 product with fp32 tensors: output bf16, gradients fp32, near the fp32 result."""
-    site, _, x, tensors = make(kernel, "linear", (4, 8, IN), torch.float32)
+    site, _, x, tensors = make_case(kernel, "linear", (4, 8, IN), torch.float32)
     want = KERNELS[kernel][1](site.weight, site.bias, x, *tensors)
     want_grads = grads(want, [x, *tensors])
     module = site.module.to(base_dtype)
@@ -153,10 +153,10 @@ def test_bfloat16(kernel, base_dtype):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_trained_base_gets_its_gradient(kernel):
-    site, base, x, tensors = make(kernel, "linear", (5, IN))
+    site, base, x, tensors = make_case(kernel, "linear", (5, IN))
     site.module.requires_grad_(True)
     leaves = [x, site.module.weight, site.module.bias, *tensors]
-    got, want = both(kernel, site, base, x, tensors)
+    got, want = fused_and_plain(kernel, site, base, x, tensors)
     assert_same(grads(got, leaves), grads(want, leaves))
 
 
@@ -166,7 +166,7 @@ def test_other_layers_go_through_their_own_call(kernel):
         def forward(self, x):
             return super().forward(x) + 0.0
 
-    _, _, x, tensors = make(kernel, "linear", (5, IN))
+    _, _, x, tensors = make_case(kernel, "linear", (5, IN))
     module = Noisy(IN, OUT).double().requires_grad_(False)
     site, calls = Site("layer", module), []
 
@@ -174,13 +174,13 @@ def test_other_layers_go_through_their_own_call(kernel):
         calls.append(x.shape)
         return module(x)
 
-    got, want = both(kernel, site, base, x, tensors)
+    got, want = fused_and_plain(kernel, site, base, x, tensors)
     assert calls and not site.plain
     assert_same(grads(got, [x, *tensors]), grads(want, [x, *tensors]))
 
 
 def test_dropout_acts_on_the_branch_only_and_only_in_training():
-    site, base, x, (A, B) = make("low_rank", "linear", (4, 8, IN))
+    site, base, x, (A, B) = make_case("low_rank", "linear", (4, 8, IN))
     dropout = nn.Dropout(0.5)
     torch.manual_seed(1)
     got = low_rank(site, base, x, A, B, 1.7, dropout)
@@ -192,28 +192,28 @@ def test_dropout_acts_on_the_branch_only_and_only_in_training():
     )
 
 
-def test_dropout_of_the_scaled_form_leaves_the_frozen_path_whole():
-    site, base, x, (A, B, g) = make("scaled_low_rank", "linear", (4, 8, IN))
+def test_dropout_of_the_scaled_form_does_not_reach_the_frozen_path():
+    site, base, x, (A, B, g) = make_case("scaled_low_rank", "linear", (4, 8, IN))
     dropout = nn.Dropout(0.5)
     torch.manual_seed(1)
     got = scaled_low_rank(site, base, x, A, B, 1.7, g, dropout)
     torch.manual_seed(1)
-    kept = dropout(x)
-    want = base(x) + (g - 1) * (kept @ site.weight.T) + g * (1.7 * (kept @ A.T) @ B.T)
+    dropped = dropout(x)
+    want = base(x) + (g - 1) * (dropped @ site.weight.T) + g * (1.7 * (dropped @ A.T) @ B.T)
     assert_same(grads(got, [x, A, B, g]), grads(want, [x, A, B, g]))
 
 
 def test_a_scale_of_zero_still_has_a_gradient():
-    site, base, x, (g,) = make("scaled", "no bias", (5, IN))
+    site, base, x, (g,) = make_case("scaled", "no bias", (5, IN))
     with torch.no_grad():
         g[2] = 0
-    got, want = both("scaled", site, base, x, [g])
+    got, want = fused_and_plain("scaled", site, base, x, [g])
     torch.testing.assert_close(got, want)
     assert_same(grads(got, [x, g]), grads(want, [x, g]))
 
 
 def test_output_changed_in_place_is_refused_where_backward_reads_it():
-    site, base, x, (A, B) = make("low_rank", "linear", (5, IN))
+    site, base, x, (A, B) = make_case("low_rank", "linear", (5, IN))
     low_rank(site, base, x, A, B, 1.0).add_(1).sum().backward()
     y = scaled(site, base, x, torch.ones(OUT, dtype=x.dtype, requires_grad=True)).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -221,41 +221,41 @@ def test_output_changed_in_place_is_refused_where_backward_reads_it():
 
 
 def test_layers_with_one_input_share_the_frozen_product():
-    made = []
+    computed = []
 
     class Counting(ForwardCache):
         def get(self, source, key, make_value):
-            return super().get(source, key, lambda: made.append(key) or make_value())
+            return super().get(source, key, lambda: computed.append(key) or make_value())
 
     for shape, count in ((5, IN), 1), ((32, IN), 1):  # the branch and the merged form
-        made.clear()
-        recent = Counting()
+        computed.clear()
+        cache = Counting()
         x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-        sites = [make("frozen_pair", "linear", shape) for _ in range(3)]
+        sites = [make_case("frozen_pair", "linear", shape) for _ in range(3)]
         A = torch.randn(R, IN, dtype=torch.float64)
         ys, wants = [], []
         for site, base, _, (_, B, u, v) in sites:
-            ys.append(frozen_pair(site, base, x, A, B.detach(), u, v, recent))
+            ys.append(frozen_pair(site, base, x, A, B.detach(), u, v, cache))
             wants.append(plain_pair(site.weight, site.bias, x, A, B.detach(), u, v))
-        assert len(made) == count
+        assert len(computed) == count
         leaves = [x, *(t for _, _, _, tensors in sites for t in tensors[2:])]
         assert_same(grads(sum(ys), leaves), grads(sum(wants), leaves))
 
 
-def test_recent_forgets_what_changed_and_does_not_travel():
-    x, made = torch.zeros(2), []
+def test_cache_forgets_what_changed_and_is_not_copied():
+    x, computed = torch.zeros(2), []
 
-    def get(recent, source, key="k"):
-        return recent.get(source, key, lambda: made.append(1) or source + len(made))
+    def get(cache, source, key="k"):
+        return cache.get(source, key, lambda: computed.append(1) or source + len(computed))
 
-    recent = ForwardCache()
-    assert get(recent, x) is get(recent, x)
-    for change in (lambda: get(recent, x, "other"), lambda: get(recent, x.clone()), lambda: x.add_(1)):
-        before = len(made)
+    cache = ForwardCache()
+    assert get(cache, x) is get(cache, x)
+    for change in (lambda: get(cache, x, "other"), lambda: get(cache, x.clone()), lambda: x.add_(1)):
+        before = len(computed)
         change()
-        get(recent, x)
-        assert len(made) > before
+        get(cache, x)
+        assert len(computed) > before
     with torch.no_grad():
-        get(recent, x)
-    for other in copy.deepcopy(recent), pickle.loads(pickle.dumps(recent)):
+        get(cache, x)
+    for other in copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)):
         assert other.value is None

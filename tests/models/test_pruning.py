@@ -35,34 +35,34 @@ def batches():
 def test_magnitude_is_torchs(arch, tiny, batches):
     model, share = tiny(arch), float(torch.rand(()) * 0.8 + 0.1)
     expected = copy.deepcopy(model)
-    found = pruning.prune(model, Pruning("magnitude", share), batches)
-    assert abs(found - share) < 1e-3
-    for ours, theirs in zip(sites(model), sites(expected), strict=True):
-        reference.l1_unstructured(theirs.module, "weight", amount=share)
-        assert torch.equal(ours.module.weight, theirs.module.weight)
+    zeros = pruning.prune(model, Pruning("magnitude", share), batches)
+    assert abs(zeros - share) < 1e-3
+    for ours, torchs in zip(sites(model), sites(expected), strict=True):
+        reference.l1_unstructured(torchs.module, "weight", amount=share)
+        assert torch.equal(ours.module.weight, torchs.module.weight)
 
 
 def test_wanda_weighs_by_what_the_pruned_layers_before_give(tiny, batches):
     model = tiny("llama").eval()
     pruning.prune(model, Pruning("wanda", 0.5), batches)
     again, (batch,) = tiny("llama").eval(), batches()
-    seen: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
     for layer in (0, 1):  # the slow way: one layer, then the next with the first one pruned
         chosen = [s for s in sites(again) if s.layer == layer]
         hooks = [
-            s.module.register_forward_pre_hook(lambda m, x, s=s: seen.__setitem__(s.name, x[0]))
+            s.module.register_forward_pre_hook(lambda m, x, s=s: inputs.__setitem__(s.name, x[0]))
             for s in chosen
         ]
         with torch.no_grad():
             again(**batch)
             for s in chosen:
-                norm = seen[s.name][batch["attention_mask"].bool()].norm(dim=0)
+                norm = inputs[s.name][batch["attention_mask"].bool()].norm(dim=0)
                 score = s.weight.abs() * norm
                 cut = score.kthvalue(score.shape[1] // 2, dim=1, keepdim=True).values
                 s.weight.mul_(score > cut)
         [h.remove() for h in hooks]
-    for ours, theirs in zip(sites(model), sites(again), strict=True):
-        assert torch.equal(ours.weight, theirs.weight), ours.name
+    for fast, slow in zip(sites(model), sites(again), strict=True):
+        assert torch.equal(fast.weight, slow.weight), fast.name
 
 
 @pytest.mark.parametrize("how", ["magnitude", "wanda"])
