@@ -1,4 +1,4 @@
-"""The one error a user can cause, and the "did you mean" that goes with it."""
+"""The error that a user's mistake raises, and the "did you mean" of its message."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line, exit code 2, never a traceback.
+    """A mistake that the user can correct; the command line prints one line and exits with code 2.
 
     The message names the value, what is allowed, and the next step.
     """
 
 
 class NeedsWeights(UserError):
-    """The method cannot be tried on a model's bare shapes; on the model itself it may well work."""
+    """The method cannot be attached to a model on the meta device; with the model's weights it may work."""
 
 
 def nearest(wrong: str, known: Iterable[str]) -> str:
-    """`did you mean "lora"?`, or an empty string when nothing is near."""
+    """`did you mean "lora"?` with the closest name of `known`, or "" if none is close."""
     known = sorted(set(known))
-    near = difflib.get_close_matches(wrong.lower(), known, n=1, cutoff=0.5)
-    near = near or [name for name in known if wrong and name.startswith(wrong.lower())][:1]
-    return f'did you mean "{near[0]}"?' if near else ""
+    matches = difflib.get_close_matches(wrong.lower(), known, n=1, cutoff=0.5)
+    matches = matches or [name for name in known if wrong and name.startswith(wrong.lower())][:1]
+    return f'did you mean "{matches[0]}"?' if matches else ""
 
 
 def unknown(what: str, wrong: str, known: Iterable[str], see: str = "") -> UserError:
-    """An unknown name: says which, the nearest right one, and where the list is."""
+    """The error for an unknown name, to be raised by the caller.
+
+    `what` is the kind of name, such as "method", `wrong` the name that was given, `see` a command that lists
+    the allowed names. The message suggests the closest name of `known`, else it lists the first twelve.
+    """
     known = list(known)
     hint = nearest(wrong, known) or (f"known: {', '.join(sorted(known)[:12])}" if known else "none is known")
     return UserError(f'unknown {what} "{wrong}": {hint}' + (f" (see `{see}`)" if see else ""))

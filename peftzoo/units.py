@@ -1,4 +1,4 @@
-"""Amounts as people write them."""
+"""Numbers with unit suffixes: `1M`, `16GB`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12, "kb": 1e3, "m
 
 
 def amount(option: str, text: str) -> int:
-    """`1M`, `16GB` or `300000` as a number. Raises `UserError` for anything else."""
+    """Convert `1M`, `16GB` or `300000` to a number; sizes are in bytes.
+
+    Raises `UserError`, which names `option`, for any other text, for negative numbers and from 2**62 on.
+    """
     number = text.strip().lower().rstrip("bgiktm")
     unit = text.strip().lower()[len(number) :]
     try:

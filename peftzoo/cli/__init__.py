@@ -1,6 +1,6 @@
-"""The command line: one file a command, no logic here; `commands` puts them together, `output` prints.
+"""The command line: one file per command, no logic here; `commands` is the program, `output` prints.
 
-Heavy imports happen inside the commands, so that `peftzoo --help` answers at once.
+Heavy imports happen inside the commands, so that `peftzoo --help` is fast.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo bench --method lora,unilora --task sst2 --seeds 0,1")(bench)
 
 
@@ -59,9 +60,9 @@ def bench(
     """Train and score each method on each task, write a record per run."""
     from peftzoo.contract.registry import methods
     from peftzoo.errors import UserError
-    from peftzoo.runs.packs import parse
+    from peftzoo.runs.packs import parse_pack_size
     from peftzoo.runs.plan import Request, resolve
-    from peftzoo.runs.trackers import tracker
+    from peftzoo.runs.trackers import make_tracker
     from peftzoo.tasks import task_files
 
     output.load_plugins(plugin)
@@ -79,61 +80,64 @@ def bench(
         "max_new_tokens": max_new_tokens, "eval_batch": eval_batch, "prune": prune, "retention": retention,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    tracker(track)
-    size, memory_budget = parse("--pack", pack)
+    make_tracker(track)
+    size, memory_budget = parse_pack_size("--pack", pack)
     if size == 1 and score_together is not None:
         raise UserError("--score-together and --score-apart are for packs: add --pack N")
     if size != 1 and track != "none":
         raise UserError("--pack and --track: the curves of a pack are not sent; leave one of them out")
-    named = output.names(task, task_files.tasks(), "task")
-    groups = {name: tuple(task_files.expand([name])) for name in named if task_files.expand([name]) != [name]}
-    chosen = output.names(method, methods(), "method")
-    given = output.parse_set(set_, chosen)
+    task_names = output.parse_names(task, task_files.tasks(), "task")
+    members = {name: tuple(task_files.expand([name])) for name in task_names}
+    groups = {name: tasks for name, tasks in members.items() if tasks != (name,)}
+    method_names = output.parse_names(method, methods(), "method")
+    options = output.parse_set(set_, method_names)
     requests = [
-        Request(method=m, task=t, seed=s, options=given[m], **common)
-        for t in task_files.expand(named)
-        for m in chosen
+        Request(method=m, task=t, seed=s, options=options[m], **common)
+        for t in task_files.expand(task_names)
+        for m in method_names
         for s in _seeds(seeds)
     ]
     with redirect_stdout(sys.stderr):
-        output.folder(out)
+        output.make_folder(out)
         plans, notes = resolve(requests, skip="all" in (method, task) or bool(groups))
         for note in notes:
             output.note(note)
         if size == 1:
-            done = _all(plans, out, force, track)
+            results = _run_each(plans, out, force, track)
         else:
-            how = {
+            pack_options = {
                 "size": size,
                 "memory_budget": memory_budget,
                 "force": force,
                 "score_together": score_together,
             }
-            done = _packs(plans, out, how)
+            results = _run_in_packs(plans, out, pack_options)
     if _is_main_process():
-        report(done, json, groups)
-    if any(record.status != "ok" for record, _, _ in done):
+        print_results(results, json, groups)
+    if any(record.status != "ok" for record, _, _ in results):
         raise typer.Exit(1)
 
 
-def _precision(given: str) -> str:
+def _precision(text: str) -> str:
+    """Check the value of `--precision`."""
     from peftzoo.errors import UserError
 
-    if given not in ("auto", "fp32", "bf16"):
-        raise UserError(f'precision "{given}": one of auto, fp32, bf16')
-    return given
+    if text not in ("auto", "fp32", "bf16"):
+        raise UserError(f'precision "{text}": one of auto, fp32, bf16')
+    return text
 
 
 def _seeds(text: str) -> list[int]:
+    """The seeds of `--seeds`, each once."""
     from peftzoo.errors import UserError
 
     try:
-        found = [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f'--seeds "{text}": whole numbers with commas, for example 0,1,2') from None
-    if any(not 0 <= s < 2**31 for s in found):
+    if any(not 0 <= s < 2**31 for s in seeds):
         raise UserError(f'--seeds "{text}": each from 0 to {2**31 - 1}')
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(seeds))
 
 
 def _is_main_process() -> bool:
@@ -142,14 +146,15 @@ def _is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-def _all(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]:
+def _run_each(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]:
+    """Do the runs one after another, with a progress bar for each; returns (record, file, new) of each."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from peftzoo.runs.run import run
-    from peftzoo.runs.trackers import tracker
+    from peftzoo.runs.trackers import make_tracker
 
-    done = []
+    results = []
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
@@ -162,25 +167,27 @@ def _all(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]:
             title = f"{request.method} on {request.task}, seed {request.seed}"
             line = bar.add_task(f"{title}: loading", total=1, values="")
 
-            def follow(stage: str, step: int, total: int, values: dict[str, float],
-                       line: Any = line, title: str = title) -> None:  # fmt: skip
-                words = {"load": "loading", "train": "training", "score": "scoring"}[stage]
-                shown = (
+            def on_progress(stage: str, step: int, total: int, values: dict[str, float],
+                            line: Any = line, title: str = title) -> None:  # fmt: skip
+                activity = {"load": "loading", "train": "training", "score": "scoring"}[stage]
+                text = (
                     f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tok/s" if values else ""
                 )
-                bar.update(line, description=f"{title}: {words}", completed=step, total=total, values=shown)
+                bar.update(line, description=f"{title}: {activity}", completed=step, total=total, values=text)
 
-            record, path, new = run(plan, out, force=force, progress=follow, tracker=tracker(track))
-            word = record.status if new else "on record (--force runs it again)"
-            bar.update(line, description=f"{title}: {word}", completed=1, total=1, values=short(record))
+            record, path, new = run(plan, out, force=force, progress=on_progress, tracker=make_tracker(track))
+            status = record.status if new else "on record (--force runs it again)"
+            bar.update(
+                line, description=f"{title}: {status}", completed=1, total=1, values=score_or_reason(record)
+            )
             if bar.disable and _is_main_process():  # a log file gets a line per run
-                output.note(f"{title}: {word}, {short(record)}")
-            done.append((record, path, new))
-    return done
+                output.note(f"{title}: {status}, {score_or_reason(record)}")
+            results.append((record, path, new))
+    return results
 
 
-def _packs(plans: list[Any], out: Path, how: dict[str, Any]) -> list[Any]:
-    """Runs of one task and model in packs, with a line for each."""
+def _run_in_packs(plans: list[Any], out: Path, options: dict[str, Any]) -> list[Any]:
+    """Do the runs in packs, with a progress bar per task; `options` are keyword arguments of `run_packs`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -189,67 +196,77 @@ def _packs(plans: list[Any], out: Path, how: dict[str, Any]) -> list[Any]:
     by_task: dict[str, list[Any]] = {}
     for plan in plans:
         by_task.setdefault(plan.request.task, []).append(plan)
-    done, console = [], Console(stderr=True)
+    results, console = [], Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
         TimeElapsedColumn(), console=console, disable=not console.is_terminal,
     )  # fmt: skip
     with bar:
-        for task, members in by_task.items():
-            title = f"{len(members)} runs on {task}"
+        for task, task_plans in by_task.items():
+            title = f"{len(task_plans)} runs on {task}"
             line = bar.add_task(f"{title}: loading", total=1)
 
-            def follow(stage: str, step: int, total: int, values: dict[str, float],
-                       line: Any = line, title: str = title) -> None:  # fmt: skip
-                words = {"load": "loading", "train": "training", "score": "scoring"}[stage]
-                words += f" {values['runs']:.0f} at once" if "runs" in values else ""
-                bar.update(line, description=f"{title}: {words}", completed=step, total=total)
+            def on_progress(stage: str, step: int, total: int, values: dict[str, float],
+                            line: Any = line, title: str = title) -> None:  # fmt: skip
+                activity = {"load": "loading", "train": "training", "score": "scoring"}[stage]
+                activity += f" {values['runs']:.0f} at once" if "runs" in values else ""
+                bar.update(line, description=f"{title}: {activity}", completed=step, total=total)
 
-            found = run_packs(members, out, progress=follow, note=output.note, **how)
+            task_results = run_packs(task_plans, out, progress=on_progress, note=output.note, **options)
             bar.update(line, description=f"{title}: done", completed=1, total=1)
-            for record, _, new in found:
-                word = record.status if new else "on record (--force runs it again)"
-                shared = f", in a pack of {record.packed['runs']}" if record.packed else ""
-                output.note(f"{record.name}: {word}{shared}, {short(record)}")
-            done += found
-    return done
+            for record, _, new in task_results:
+                status = record.status if new else "on record (--force runs it again)"
+                pack = f", in a pack of {record.packed['runs']}" if record.packed else ""
+                output.note(f"{record.name}: {status}{pack}, {score_or_reason(record)}")
+            results += task_results
+    return results
 
 
-def short(record: Any) -> str:
-    """A run's score, or why it has none."""
+def score_or_reason(record: Any) -> str:
+    """Metric and score of a run, or the reason why it has none."""
     if record.result is None:
         return record.reason or ""
-    return f"{record.result.metric} {output.number(record.result.value)}"
+    return f"{record.result.metric} {output.format_number(record.result.value)}"
 
 
-def report(done: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> None:
-    """A table per task of (record, file, new), or all records as JSON."""
+def print_results(results: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> None:
+    """Print a table per task and a mean per group, or all records as JSON; `results` are (record, file, new).
+
+    `groups`: the tasks of each group that was named on the command line.
+    """
     if json:
-        output.as_json([record.model_dump(mode="json") for record, _, _ in done])
+        output.print_json([record.model_dump(mode="json") for record, _, _ in results])
         return
     by_task: dict[str, list[Any]] = {}
-    for record, _, _ in done:
+    for record, _, _ in results:
         by_task.setdefault(record.task, []).append(record)
     for task, records in by_task.items():
         first = records[0]
         about = f"{first.data['scored_rows']} rows, {first.data['source']} data, {first.protocol}"
         title = f"{task} on {first.model}: {about}"
-        output.table(title, COLUMNS, [_row(r) for r in records], right=COLUMNS[2:])
+        output.print_table(title, COLUMNS, [_row(r) for r in records], right=COLUMNS[2:])
     for name, members in groups.items():
-        _average(name, members, [record for record, _, _ in done])
-    for record, path, _ in done:
+        _print_group_mean(name, members, [record for record, _, _ in results])
+    for record, path, _ in results:
         print(f"{record.status}: {path}" + (f" ({record.reason})" if record.reason else ""))
 
 
-def _average(name: str, members: tuple[str, ...], records: list[Any]) -> None:
+def _print_group_mean(name: str, members: tuple[str, ...], records: list[Any]) -> None:
+    """Print the mean of each method over the tasks of a group."""
     from peftzoo.boards import tables
 
     rows = [
-        [r["method"], r["seed"], f"{r['tasks']} of {len(members)}", r["metric"], output.number(r["score"])]
+        [
+            r["method"],
+            r["seed"],
+            f"{r['tasks']} of {len(members)}",
+            r["metric"],
+            output.format_number(r["score"]),
+        ]
         for r in tables.averages(records, members)
     ]
     columns = ("method", "seed", "tasks", "metric", "mean")
-    output.table(f"{name}: mean over its tasks", columns, rows, right=("tasks", "mean"))
+    output.print_table(f"{name}: mean over its tasks", columns, rows, right=("tasks", "mean"))
 
 
 COLUMNS = (
@@ -268,15 +285,18 @@ COLUMNS = (
 
 
 def _row(r: Any) -> list[Any]:
+    """The cells of a record, in the order of `COLUMNS`."""
+
     def score(s: Any) -> str:
-        return output.number(s.value if s else None)
+        return output.format_number(s.value if s else None)
 
     memory = r.memory.get("computed_total")
     return [
         r.method, r.seed, f"{r.result.metric} {score(r.result)}" if r.result else r.status,
-        output.number(r.result.stderr) if r.result else "", score(r.score) if r.merged_score else "",
-        output.number(r.result.unparsed, 2) if r.result else "", output.count(r.trainable_params),
-        output.number(r.step_time.get("median_ms"), 1), output.number(r.tokens_per_second, 0),
-        output.number(memory / 2**20 if memory else None, 0),
-        output.number(r.latency.get("token_ms", r.latency.get("forward_ms")), 2),
+        output.format_number(r.result.stderr) if r.result else "", score(r.score) if r.merged_score else "",
+        output.format_number(r.result.unparsed, 2) if r.result else "",
+        output.format_count(r.trainable_params), output.format_number(r.step_time.get("median_ms"), 1),
+        output.format_number(r.tokens_per_second, 0),
+        output.format_number(memory / 2**20 if memory else None, 0),
+        output.format_number(r.latency.get("token_ms", r.latency.get("forward_ms")), 2),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`peftzoo board`: tables and pages of the records."""
+"""`peftzoo board`: tables and HTML pages of the records."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo board results --out results --html site")(board)
 
 
@@ -36,46 +37,47 @@ def board(
 
     for option, folder in (("--out", out), ("--html", html)):
         if folder is not None:
-            output.folder(folder, option)
+            output.make_folder(folder, option)
     if import_peft is not None:
-        _external(external_results.read_all(import_peft), out, json)
+        _print_external(external_results.read_all(import_peft), out, json)
         return
     notes: list[str] = []
-    records = _records(results, notes)
+    records = _read_records(results, notes)
     tables = engine.tables(records, baseline, notes.append)
     for note in notes:
         output.note(f"skipped: {note}")
     if json:
-        output.as_json(formats.as_rows(tables))
+        output.print_json(formats.as_rows(tables))
         return
     papers = replications.rows(records)
     text = formats.markdown(tables, baseline, replications.markdown(papers))
     if out is not None:
         write_atomically(out / "board.md", text.encode())
-        made = formats.files(tables)
+        csv_files = formats.files(tables)
         for old in (out / "tables").glob("*.csv"):
-            if old.name not in made and formats.is_table(old):  # of an earlier board
+            if old.name not in csv_files and formats.is_table(old):  # of an earlier board
                 old.unlink()
-        for name, lines in made.items():
+        for name, lines in csv_files.items():
             write_atomically(out / "tables" / name, lines.encode())
-        print(f"wrote {out / 'board.md'} and {len(made)} tables in {out / 'tables'}")
+        print(f"wrote {out / 'board.md'} and {len(csv_files)} tables in {out / 'tables'}")
     if html is not None:
-        named = [n.replace(f"{results}/", "") for n in notes]  # no path of this machine
-        count = pages.write(html, records, tables, papers, baseline, named)
+        relative_notes = [n.replace(f"{results}/", "") for n in notes]  # no path of this machine
+        count = pages.write(html, records, tables, papers, baseline, relative_notes)
         print(f"wrote {count} pages: {html / 'index.html'}")
     if out is None and html is None:
         print(text)
 
 
-def _records(results: Path, notes: list[str]) -> list[Any]:
+def _read_records(results: Path, notes: list[str]) -> list[Any]:
+    """The readable records of the folder; adds a note for each other file. Raises `UserError` without any."""
     from peftzoo.errors import UserError
     from peftzoo.records import store
 
     if not results.is_dir():
         raise UserError(f'results folder "{results}": no such folder')
-    found = [*store.read_all(results)]
-    notes += [str(f) for f in found if isinstance(f, UserError)]
-    records = [f for f in found if not isinstance(f, UserError)]
+    entries = [*store.read_all(results)]
+    notes += [str(e) for e in entries if isinstance(e, UserError)]
+    records = [e for e in entries if not isinstance(e, UserError)]
     if not records:
         for note in notes:
             output.note(f"skipped: {note}")
@@ -85,16 +87,17 @@ def _records(results: Path, notes: list[str]) -> list[Any]:
     return records
 
 
-def _external(found: list[Any], out: Path | None, json: bool) -> None:
+def _print_external(entries: list[Any], out: Path | None, json: bool) -> None:
+    """Print or write the results from elsewhere; an entry that is a `UserError` becomes a note."""
     from peftzoo.adapters import write_atomically
     from peftzoo.boards import external_results
     from peftzoo.errors import UserError
 
-    for error in (f for f in found if isinstance(f, UserError)):
+    for error in (e for e in entries if isinstance(e, UserError)):
         output.note(f"skipped: {error}")
-    results = [f for f in found if not isinstance(f, UserError)]
+    results = [e for e in entries if not isinstance(e, UserError)]
     if json:
-        output.as_json([r.model_dump(mode="json") for r in results])
+        output.print_json([r.model_dump(mode="json") for r in results])
     elif out is None:
         print(external_results.markdown(results))
     else:

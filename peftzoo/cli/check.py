@@ -11,6 +11,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo check lora")(check)
 
 
@@ -24,52 +25,54 @@ def check(
     from peftzoo.contract import registry
 
     output.load_plugins(plugin)
-    chosen = output.names(name, registry.methods(), "method")
+    methods = output.parse_names(name, registry.methods(), "method")
     with redirect_stdout(sys.stderr):
-        found = {n: conform.run(n) for n in chosen}
-    bad = [(n, r) for n, results in found.items() for r in results if r.outcome == "failed"]
+        results_by_method = {m: conform.run(m) for m in methods}
+    failed = [(m, r) for m, results in results_by_method.items() for r in results if r.outcome == "failed"]
     if json:
-        output.as_json([
-            {"name": f"{n}/{r.check}/{r.arch}", "status": r.outcome, "method": n, "check": r.check,
+        output.print_json([
+            {"name": f"{m}/{r.check}/{r.arch}", "status": r.outcome, "method": m, "check": r.check,
              "model": r.arch,
              "reason": r.reason, "seconds": round(r.seconds, 3)}
-            for n, results in found.items() for r in results
+            for m, results in results_by_method.items() for r in results
         ])  # fmt: skip
-    elif len(chosen) == 1:
-        _one(chosen[0], found[chosen[0]])
+    elif len(methods) == 1:
+        _print_checks(methods[0], results_by_method[methods[0]])
     else:
-        _many(found)
-    for n, r in bad:
-        output.note(f"failed: {n}, {r.check} on {r.arch}: {r.reason}")
-    if bad:
+        _print_summary(results_by_method)
+    for m, r in failed:
+        output.note(f"failed: {m}, {r.check} on {r.arch}: {r.reason}")
+    if failed:
         raise typer.Exit(1)
 
 
-def _one(name: str, results: list) -> None:
+def _print_checks(name: str, results: list) -> None:
+    """Print a table of one method: a row per check, a column per architecture."""
     archs = list(dict.fromkeys(r.arch for r in results))
-    rows: dict[str, dict] = {}
+    by_check: dict[str, dict] = {}
     for r in results:
-        rows.setdefault(r.check, {})[r.arch] = r
-    shown = [
-        [check, *(by[a].outcome if a in by else "" for a in archs),
-         "; ".join(dict.fromkeys(r.reason for r in by.values() if r.reason))]
-        for check, by in rows.items()
+        by_check.setdefault(r.check, {})[r.arch] = r
+    rows = [
+        [check, *(by_arch[a].outcome if a in by_arch else "" for a in archs),
+         "; ".join(dict.fromkeys(r.reason for r in by_arch.values() if r.reason))]
+        for check, by_arch in by_check.items()
     ]  # fmt: skip
     counts = ", ".join(
         f"{sum(r.outcome == o for r in results)} {o}" for o in ("ok", "known", "skipped", "failed")
     )
-    output.table(f"{name}: {counts}", ("check", *archs, "why"), shown)
+    output.print_table(f"{name}: {counts}", ("check", *archs, "why"), rows)
 
 
-def _many(found: dict[str, list]) -> None:
+def _print_summary(results_by_method: dict[str, list]) -> None:
+    """Print a table of several methods: how many checks had each outcome."""
     outcomes = ("ok", "known", "skipped", "failed")
-    shown = [
+    rows = [
         [
-            n,
+            method,
             *(sum(r.outcome == o for r in results) for o in outcomes),
             f"{sum(r.seconds for r in results):.1f}",
         ]
-        for n, results in found.items()
+        for method, results in results_by_method.items()
     ]
     columns = ("method", *outcomes, "seconds")
-    output.table(f"{len(found)} methods", columns, shown, right=columns[1:])
+    output.print_table(f"{len(results_by_method)} methods", columns, rows, right=columns[1:])

@@ -1,4 +1,4 @@
-"""The command line: one file per command, no logic here. Heavy imports happen inside the commands."""
+"""The program `peftzoo`: its commands, its entry point `main`, and the printing of errors."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"peftzoo {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _main(
+def _root(
     context: typer.Context,
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Show the version."
+        False, "--version", callback=_print_version, is_eager=True, help="Show the version."
     ),
 ) -> None:
     if context.invoked_subcommand is None:
@@ -65,45 +65,46 @@ for module in (bench, sweep, generate, board, recommend, verify, list_, show, pa
 
 
 def main() -> None:
-    """Entry point. A user's mistake is one line on standard error and exit code 2."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; ours show the progress
+    """Entry point. A user's mistake gives one line on standard error and exit code 2, Ctrl-C code 130."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries beside ours
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for noisy in ("torchao", "torch.utils._pytree"):  # they report, on import, what concerns no user of ours
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for name in ("torchao", "torch.utils._pytree"):  # their warnings on import do not concern our users
+        logging.getLogger(name).setLevel(logging.ERROR)
     command = typer.main.get_command(app)
     try:
         code = command.main(standalone_mode=False, prog_name="peftzoo")
     except UserError as error:
-        _stop(str(error), 2)
+        _exit_with_error(str(error), 2)
     except typer.Abort:
-        _stop("interrupted", 130)
+        _exit_with_error("interrupted", 130)
     except KeyboardInterrupt:
-        _stop("interrupted", 130)
+        _exit_with_error("interrupted", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        _stop(f"{_usage(error)}; see `{_command(error)} --help`", 2)
+        _exit_with_error(f"{_usage_error(error)}; see `{_command_path(error)} --help`", 2)
     else:
-        if code == 130:  # what typer makes of Ctrl-C
-            _stop("interrupted; the same command goes on from here", 130)
+        if code == 130:  # typer turns Ctrl-C into this code
+            _exit_with_error("interrupted; the same command goes on from here", 130)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _command(error: Any) -> str:
+def _command_path(error: Any) -> str:
+    """The command in which a usage error happened, such as `peftzoo bench`."""
     context = getattr(error, "ctx", None)
     return context.command_path if context else "peftzoo"
 
 
-def _usage(error: Any) -> str:
-    """What the parser refused, with the value that an option could not take, which its message leaves out."""
-    names, words = getattr(getattr(error, "param", None), "opts", ()), sys.argv[1:]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
+def _usage_error(error: Any) -> str:
+    """The message of a usage error; with the option's value, which the parser's own message leaves out."""
+    names, arguments = getattr(getattr(error, "param", None), "opts", ()), sys.argv[1:]
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
         if name in names and (equals or following):
             return f'{name} "{value if equals else following}": {error.message}'
     return error.format_message().rstrip(".")
 
 
-def _stop(message: str, code: int) -> None:
+def _exit_with_error(message: str, code: int) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

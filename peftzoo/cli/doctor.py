@@ -1,4 +1,4 @@
-"""`peftzoo doctor`: what a bug report needs."""
+"""`peftzoo doctor`: the facts about this machine that a bug report needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo doctor --json")(doctor)
 
 
@@ -36,6 +37,6 @@ def doctor(json: bool = output.JSON) -> None:
         "tasks": len(task_files.tasks()),
     }  # fmt: skip
     if json:
-        output.as_json({"name": "doctor", "status": "ok", **facts, "versions": versions})
+        output.print_json({"name": "doctor", "status": "ok", **facts, "versions": versions})
         return
-    output.table("peftzoo doctor", ("what", "found"), [*facts.items(), *versions.items()])
+    output.print_table("peftzoo doctor", ("what", "found"), [*facts.items(), *versions.items()])

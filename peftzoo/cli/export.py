@@ -1,4 +1,4 @@
-"""`peftzoo export`: an adapter for other programs."""
+"""`peftzoo export`: write an adapter in the format of another program."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import typer
 
 from peftzoo.cli import output
 
-FORMS = ("peft", "lora", "merged")
+FORMATS = ("peft", "lora", "merged")
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo export my-adapter --to lora --rank 8 --out my-lora")(export)
 
 
@@ -35,8 +36,8 @@ def export(
     from peftzoo.interop import export as engine
     from peftzoo.interop import saved_runs
 
-    if to not in FORMS:
-        raise unknown("form", to, FORMS)
+    if to not in FORMATS:
+        raise unknown("form", to, FORMATS)
     if rank is not None and to != "lora":
         raise UserError(f"--rank {rank}: only --to lora has a rank to choose")
     output.load_plugins(plugin)
@@ -57,7 +58,7 @@ def export(
     if (mean, spread) != (0, 1):
         output.note(f"the head predicts (value - {mean:g}) / {spread:g}, as it was trained")
     if json:
-        output.as_json(report | {"folder": str(out)})
+        output.print_json(report | {"folder": str(out)})
         return
     print(f"{report['method']} as {to}: {out}")
     if to == "lora":
@@ -69,7 +70,8 @@ def export(
 
 
 def _print_errors(report: dict[str, Any]) -> None:
-    how = "exact" if report["exact"] else f"the nearest; an exact one needs {report['needed_rank']}"
-    print(f"rank {report['rank']}: {how}")
+    """Print how close a LoRA export is to the adapter."""
+    quality = "exact" if report["exact"] else f"the nearest; an exact one needs {report['needed_rank']}"
+    print(f"rank {report['rank']}: {quality}")
     worst = f"{report['largest_error']:.2e}"
     print(f"relative error of the change: {report['error']:.2e}, in the worst layer {worst}")

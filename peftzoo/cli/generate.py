@@ -1,4 +1,4 @@
-"""`peftzoo generate`: train a method that writes weights from a description, and measure what that saves."""
+"""`peftzoo generate`: train a method that generates weights from task descriptions; measure what it saves."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo generate --method lora-gen --tasks gsm8k,sst2 --unseen stsb")(
         generate
     )
@@ -59,20 +60,22 @@ def generate(
     known = task_files.tasks()
     request = engine.Request(
         method=method, model=model, seed=seed, shots=shots, options=output.parse_set(set_, [method])[method],
-        tasks=tuple(task_files.expand(output.names(tasks, known, "tasks"))),
-        unseen=tuple(task_files.expand(output.names(unseen, known, "unseen"))) if unseen else (),
+        tasks=tuple(task_files.expand(output.parse_names(tasks, known, "tasks"))),
+        unseen=tuple(task_files.expand(output.parse_names(unseen, known, "unseen"))) if unseen else (),
         train={"steps": steps, "batch_size": batch_size, "lr": lr},
         precision=precision, limit=limit, data=data, source=source,
     )  # fmt: skip
     with redirect_stdout(sys.stderr), Console(stderr=True).status("loading") as status:
-        report = engine.run(request, out, lambda what, n, of: status.update(f"{what} ({n} of {of})"))
+        report = engine.run(
+            request, out, lambda stage, done, total: status.update(f"{stage} ({done} of {total})")
+        )
     if page:
-        write_atomically(page, _page(report).encode())
+        write_atomically(page, _markdown(report).encode())
     if json:
-        output.as_json(report)
+        output.print_json(report)
         return
     title = f"{request.method} on {report['model']}: in context -> in weights"
-    output.table(title, COLUMNS, [_row(t) for t in report["tasks"]], right=COLUMNS[3:])
+    output.print_table(title, COLUMNS, [_row(t) for t in report["tasks"]], right=COLUMNS[3:])
     print(f"{out / 'gain.json'}")
 
 
@@ -83,24 +86,24 @@ COLUMNS = (
 
 
 def _row(t: dict[str, Any]) -> list[str]:
-    """One task; what has an arrow is with the description in front of the prompt -> without."""
+    """The cells of one task. `a -> b`: with the description in front of the prompt, and without it."""
     tokens, first = t["prompt_tokens"], t["first_token_ms"]
-    gain = first["told"] - first["bare"]
+    saved_ms = first["told"] - first["bare"]
     scores = [
-        f"{output.number(t[k]['value'])} ± {output.number(t[k]['stderr'])}"
+        f"{output.format_number(t[k]['value'])} ± {output.format_number(t[k]['stderr'])}"
         for k in ("bare", "told", "written")
     ]
     return [
         t["task"], "yes" if t["seen"] else "no", t["metric"], str(t["rows"]), *scores,
         f"{tokens['told']:.0f} -> {tokens['bare']:.0f}", f"{first['told']:.1f} -> {first['bare']:.1f}",
         f"{t['told']['row_ms']:.1f} -> {t['written']['row_ms']:.1f}", f"{t['written_ms']:.0f}",
-        f"{math.ceil(t['written_ms'] / gain)} prompts" if gain > 0 else "never",
+        f"{math.ceil(t['written_ms'] / saved_ms)} prompts" if saved_ms > 0 else "never",
     ]  # fmt: skip
 
 
-def _page(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
-    config, where, shots = report["train_config"], report["environment"], report["shots"]
+def _markdown(report: dict[str, Any]) -> str:
+    """The report as a Markdown page."""
+    config, environment, shots = report["train_config"], report["environment"], report["shots"]
     trained, seconds = f"{report['trainable_params']:,}", f"{report['train_seconds']:.0f}"
     lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_row, report["tasks"])]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -120,5 +123,5 @@ with {shots} worked examples.
   prompts. First token: one prompt, batch of one, median of nine. Ms per row: scoring, in batches.
 - written in: reading the description, mixing and merging, once per description. pays after: that time over
   the time to the first token that a prompt saves.
-- {where["device"]}, {where["threads"]} threads, torch {where["versions"]["torch"]}.
+- {environment["device"]}, {environment["threads"]} threads, torch {environment["versions"]["torch"]}.
 """

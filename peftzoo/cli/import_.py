@@ -1,4 +1,4 @@
-"""`peftzoo import`: an adapter of HF PEFT in our format."""
+"""`peftzoo import`: convert an adapter of HF PEFT to our format."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command("import", epilog="Example: peftzoo import a-peft-folder --out my-adapter")(import_)
 
 
@@ -30,14 +31,14 @@ def import_(
     output.load_plugins(plugin)
     engine.assert_new(out)
     with redirect_stdout(sys.stderr):
-        found = peft_import.read(folder)
-        loaded = saved_runs.load_model(found, model)
-        handle, told = peft_import.import_adapter(found, loaded.model)
-        size = saving.save(handle, out, model=loaded.name, imported=told)
+        peft_adapter = peft_import.read(folder)
+        loaded = saved_runs.load_model(peft_adapter, model)
+        handle, report = peft_import.import_adapter(peft_adapter, loaded.model)
+        size = saving.save(handle, out, model=loaded.name, imported=report)
     if json:
-        output.as_json(told | {"folder": str(out), "bytes": size, "model": loaded.name})
+        output.print_json(report | {"folder": str(out), "bytes": size, "model": loaded.name})
         return
-    print(f"{told['peft_type']} of HF PEFT read as {told['method']}: {out} ({size:,} bytes)")
-    if told["ignored"]:
-        print(f"not read, unknown to this version of HF PEFT: {', '.join(told['ignored'])}")
+    print(f"{report['peft_type']} of HF PEFT read as {report['method']}: {out} ({size:,} bytes)")
+    if report["ignored"]:
+        print(f"not read, unknown to this version of HF PEFT: {', '.join(report['ignored'])}")
     print(f'Next: peftzoo.load(model, "{out}")')

@@ -1,4 +1,4 @@
-"""`peftzoo list`: the methods, tasks or models that there are."""
+"""`peftzoo list`: the known methods, tasks or models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ KINDS = ("methods", "tasks", "models")
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command("list", epilog="Example: peftzoo list methods")(list_)
 
 
@@ -27,28 +28,28 @@ def list_(
     output.load_plugins(plugin)
     rows = {"methods": methods, "tasks": tasks, "models": models}[what]()
     if json:
-        output.as_json(rows)
+        output.print_json(rows)
         return
     if what == "tasks":
-        _suites(rows)
+        _print_suites(rows)
         return
-    shown = [[_cell(v) for v in r.values()] for r in rows]
-    output.table(f"{len(rows)} {what}", [*rows[0]], shown, right=("parameters", "lr"))
+    cells = [[_cell(v) for v in r.values()] for r in rows]
+    output.print_table(f"{len(rows)} {what}", [*rows[0]], cells, right=("parameters", "lr"))
 
 
-def _suites(rows: list[dict[str, Any]]) -> None:
-    """A table per suite, and the groups."""
+def _print_suites(rows: list[dict[str, Any]]) -> None:
+    """Print a table per suite, and the groups of tasks."""
     from peftzoo.tasks import task_files
 
     for name in dict.fromkeys(r["suite"] for r in rows):
-        mine = [r for r in rows if r["suite"] == name]
-        shown = [[r["name"], r["metric"], _cell(r["protocol"]), _cell(r["embedded_rows"]),
-                  "yes" if "mirror" in r["sources"] else ""] for r in mine]  # fmt: skip
+        suite_rows = [r for r in rows if r["suite"] == name]
+        cells = [[r["name"], r["metric"], _cell(r["protocol"]), _cell(r["embedded_rows"]),
+                  "yes" if "mirror" in r["sources"] else ""] for r in suite_rows]  # fmt: skip
         columns = ("name", "metric", "protocol", "generated", "mirror")
-        output.table(f"{name}: {len(mine)} tasks", columns, shown, right=("generated",))
-    apart = {name: task_files.expand([name]) for name in task_files.groups()}
-    words = [f"{name} ({len(members)})" for name, members in apart.items() if members != [name]]
-    print(f"Groups whose tasks are run one by one: {', '.join(words)}.")
+        output.print_table(f"{name}: {len(suite_rows)} tasks", columns, cells, right=("generated",))
+    members = {name: task_files.expand([name]) for name in task_files.groups()}
+    run_one_by_one = [f"{name} ({len(tasks)})" for name, tasks in members.items() if tasks != [name]]
+    print(f"Groups whose tasks are run one by one: {', '.join(run_one_by_one)}.")
     print(
         "generated: scored rows of the embedded generator. mirror: whether PEFTZOO_DATA has the scored rows."
     )
@@ -56,6 +57,7 @@ def _suites(rows: list[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
+    """A value as the text of a cell."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, bool):
@@ -64,36 +66,39 @@ def _cell(value: Any) -> Any:
 
 
 def methods() -> list[dict[str, Any]]:
+    """A row of facts per method."""
     from peftzoo.contract import registry
 
-    found = []
+    rows = []
     for name in registry.methods():
         cls = registry.get(name)
-        found.append({
+        rows.append({
             "name": name, "title": cls.title, "family": cls.family, "merges": bool(cls.mergeable),
             "identity": cls.identity_at_init, "lr": cls.lr, "hf_peft": cls.peft or None, "paper": cls.paper,
         })  # fmt: skip
-    return found
+    return rows
 
 
 def tasks() -> list[dict[str, Any]]:
+    """A row of facts per task, and per group whose tasks are trained together."""
     from peftzoo.tasks import task_files
 
     together = [name for name in task_files.groups() if task_files.expand([name]) == [name]]
-    found = [_task_group(task_files.task_group(name)) for name in [*task_files.tasks(), *together]]
-    return sorted(found, key=lambda row: (row["suite"], row["name"]))
+    rows = [_group_row(task_files.task_group(name)) for name in [*task_files.tasks(), *together]]
+    return sorted(rows, key=lambda row: (row["suite"], row["name"]))
 
 
-def _task_group(task_group: Any) -> dict[str, Any]:
-    """A task, or the tasks of a group that is trained together, as one row."""
+def _group_row(task_group: Any) -> dict[str, Any]:
+    """The row of a task, or of a group whose tasks are trained together."""
     from peftzoo.tasks import sources
 
     mirror = sources.mirror_folder(None)
     about, members = task_group.about, task_group.tasks
     metric = members[0].extra.metric if len(members) == 1 else f"mean of {len(members)} tasks"
-    made = [t for t in members if t.extra.embedded]
+    embedded = [t for t in members if t.extra.embedded]
     rows = sum(
-        t.extra.embedded.test if t.eval_split == t.test_split else t.extra.embedded.validation for t in made
+        t.extra.embedded.test if t.eval_split == t.test_split else t.extra.embedded.validation
+        for t in embedded
     )
     heads = {t.extra.head.kind for t in members if t.extra.head}
     return {
@@ -105,6 +110,7 @@ def _task_group(task_group: Any) -> dict[str, Any]:
 
 
 def models() -> list[dict[str, Any]]:
+    """A row of facts per known model."""
     from peftzoo.models import catalogue
 
     return catalogue.known()

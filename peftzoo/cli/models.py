@@ -1,4 +1,4 @@
-"""`peftzoo models get`."""
+"""`peftzoo models get`: download a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command group `models`."""
     group = typer.Typer(help="Bring real models to this machine.", rich_markup_mode=None)
     group.callback(invoke_without_command=True)(_help)
     group.command("get", epilog="Example: peftzoo models get minilm")(get)
@@ -29,7 +30,7 @@ def get(
 
     folder = download.get(name, force=force, progress=output.note)
     if json:
-        output.as_json({"name": name, "status": "ok", "folder": str(folder)})
+        output.print_json({"name": name, "status": "ok", "folder": str(folder)})
     else:
         print(
             f"{name} is ready: {folder}\n"

@@ -1,4 +1,4 @@
-"""`peftzoo new-method`."""
+"""`peftzoo new-method`: write the template of a new method."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command("new-method", epilog="Example: peftzoo new-method my-method")(new_method)
 
 
@@ -23,6 +24,6 @@ def new_method(
 
     path = write(name, out)
     if json:
-        output.as_json({"name": name, "status": "ok", "file": str(path)})
+        output.print_json({"name": name, "status": "ok", "file": str(path)})
     else:
         print(f"wrote {path}\nNext: peftzoo check {name} --plugin {path}")

@@ -1,4 +1,4 @@
-"""What commands print: a table for a person, or one JSON document for a program."""
+"""What the commands share: options, printing of tables and JSON, and parsing of option values."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ SET = typer.Option(
 PLUGIN = typer.Option([], "--plugin", metavar="FILE", help="Load a method from a file (runs its code).")
 
 
-def as_json(document: Any) -> None:
+def print_json(document: Any) -> None:
+    """Print one JSON document on standard output. Raises `ValueError` for NaN and infinity."""
     print(json.dumps(document, indent=1, allow_nan=False))
 
 
-def table(
+def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[str] = ()
 ) -> None:
-    """A table on standard output; numbers in the `right` columns are right-aligned."""
+    """Print a table on standard output; the columns named in `right` are right-aligned."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -36,75 +37,83 @@ def table(
 
     columns = list(columns)
     out = Table(
-        title=Text(_plain(title), "bold"),
+        title=Text(_printable(title), "bold"),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         title_style="bold",
         pad_edge=False,
     )
-    for i, c in enumerate(columns):  # the first holds names, which are copied
+    for i, c in enumerate(columns):  # the first column holds names to copy: it is not wrapped
         out.add_column(c, justify="right" if c in set(right) else "left", overflow="fold", no_wrap=i == 0)
     for row in rows:
-        out.add_row(*(Text("" if cell is None else _plain(str(cell))) for cell in row))
+        out.add_row(*(Text("" if cell is None else _printable(str(cell))) for cell in row))
     width = None if sys.stdout.isatty() else 160
     Console(width=width, highlight=False).print(out)
 
 
 def note(text: str) -> None:
-    """A line for the person at the terminal, on standard error."""
-    print(_plain(text), file=sys.stderr)
+    """Print a message for the user on standard error."""
+    print(_printable(text), file=sys.stderr)
 
 
-def _plain(text: str) -> str:
-    """Without characters that steer a terminal: the text may come from a file."""
+def _printable(text: str) -> str:
+    """The text without control characters of a terminal: it may come from a file."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
-def count(n: int | None) -> str:
+def format_count(n: int | None) -> str:
+    """`1,234,567`, or "" for None."""
     return "" if n is None else f"{n:,}"
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
+    """The number with so many decimals, or "" for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
 def parse_set(pairs: list[str], chosen: Iterable[str] = ()) -> dict[str, dict[str, str]]:
-    """Options per chosen method: `["r=4", "lora.r=8"]`, `["lora", "dora"]` -> `{"lora": {"r": "8"}, ...}`."""
+    """Options per chosen method: `["r=4", "lora.r=8"]`, `["lora", "dora"]` -> `{"lora": {"r": "8"}, ...}`.
+
+    Raises `UserError` for a pair without `=`, or one for a method that is not chosen.
+    """
     from peftzoo.errors import UserError, unknown
 
-    found: dict[str, dict[str, str]] = {method: {} for method in chosen}
-    own = []
+    options: dict[str, dict[str, str]] = {method: {} for method in chosen}
+    for_one = []
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UserError(f'--set "{pair}": write KEY=VALUE, for example --set r=4')
         method, dot, option = key.strip().rpartition(".")
         if dot:
-            own.append((method, option, value.strip()))
+            for_one.append((method, option, value.strip()))
             continue
-        for options in found.values():
-            options[key.strip()] = value.strip()
-    for method, option, value in own:  # after those for all
-        if method not in found:
-            raise unknown(f'method in --set "{method}.{option}={value}"', method, found)
-        found[method][option] = value
-    return found
+        for own_options in options.values():
+            own_options[key.strip()] = value.strip()
+    for method, option, value in for_one:  # they override those for all
+        if method not in options:
+            raise unknown(f'method in --set "{method}.{option}={value}"', method, options)
+        options[method][option] = value
+    return options
 
 
-def names(text: str, known: Iterable[str], what: str) -> list[str]:
-    """A comma list; `all` means every known name."""
+def parse_names(text: str, known: Iterable[str], what: str) -> list[str]:
+    """The names of a comma-separated list, each once; `all` means every known name.
+
+    Raises `UserError`, which names the option `--WHAT`, for an empty list; names are not checked.
+    """
     from peftzoo.errors import UserError
 
     if text == "all":
         return sorted(known)
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
+    chosen = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not chosen:
         raise UserError(f"--{what} is empty: name one, several with commas, or all")
-    return found
+    return chosen
 
 
-def folder(path: Path, option: str = "--out") -> None:
-    """Make the folder that an option names. Raises `UserError` where nothing can be written there."""
+def make_folder(path: Path, option: str = "--out") -> None:
+    """Make the folder that an option names. Raises `UserError` if it cannot be made or written to."""
     from peftzoo.errors import UserError
 
     try:
@@ -116,6 +125,7 @@ def folder(path: Path, option: str = "--out") -> None:
 
 
 def load_plugins(files: list[str]) -> None:
+    """Register the methods of these plugin files, which runs their code."""
     from peftzoo.contract import registry
 
     for file in files:

@@ -1,4 +1,4 @@
-"""`peftzoo params`: exact counts on a published shape, without weights."""
+"""`peftzoo params`: exact parameter counts on a model of the meta device, without weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo params --method unilora --model llama-2-7b --set d=524288")(params)
 
 
@@ -34,15 +35,15 @@ def params(
     from peftzoo.records.published import NONE, get
 
     output.load_plugins(plugin)
-    chosen = output.names(method, registry.methods(), "method")
+    names = output.parse_names(method, registry.methods(), "method")
     if published:
-        return _published(chosen, out, json)
+        return _print_published(names, out, json)
     if out is not None:
         raise UserError(f'--out "{out}" is for the table of --published')
-    rows, given = [], output.parse_set(set_, chosen)
-    for name in chosen:
+    rows, set_options = [], output.parse_set(set_, names)
+    for name in names:
         cls = registry.get(name)
-        options = (get(cls, preset) if preset else NONE).options | given[name]
+        options = (get(cls, preset) if preset else NONE).options | set_options[name]
         adapter = configure(cls, options)
         base = models.on_meta(model)
         total = sum(p.numel() for p in base.parameters())
@@ -54,21 +55,22 @@ def params(
             "sites": len(attached.sites), "config": adapter.config.model_dump(mode="json"),
         })  # fmt: skip
     if json:
-        output.as_json(rows)
+        output.print_json(rows)
         return
-    shown = [
-        [r["method"], output.count(r["trainable_params"]),
+    cells = [
+        [r["method"], output.format_count(r["trainable_params"]),
          f"{100 * r['trainable_params'] / r['base_params']:.4f} %",
-         output.count(r["stored_params"]), r["sites"],
-         ", ".join(f"{k}={_plain(v)}" for k, v in r["config"].items())]
+         output.format_count(r["stored_params"]), r["sites"],
+         ", ".join(f"{k}={_as_text(v)}" for k, v in r["config"].items())]
         for r in rows
     ]  # fmt: skip
     title = f"{model}: {rows[0]['base_params']:,} parameters"
-    output.table(title, ("method", "trained", "of base", "stored", "sites", "options"), shown,
+    output.print_table(title, ("method", "trained", "of base", "stored", "sites", "options"), cells,
                right=("trained", "of base", "stored", "sites"))  # fmt: skip
 
 
-def _published(methods: list[str], out: Path | None, json: bool) -> None:
+def _print_published(methods: list[str], out: Path | None, json: bool) -> None:
+    """Print or write the parameter counts of publications beside ours."""
     from peftzoo.records.published import counts, markdown
 
     rows = counts(methods)
@@ -76,16 +78,17 @@ def _published(methods: list[str], out: Path | None, json: bool) -> None:
         write_atomically(out, markdown(rows).encode())
         output.note(f"{len(rows)} counts: {out}")
     if json:
-        output.as_json(rows)
+        output.print_json(rows)
     elif out is None:
         columns = ("method", "preset", "model", "printed", "here", "")
-        shown = [
-            [r["method"], r["preset"], r["model"], r["printed"], output.count(r["trainable_params"]),
+        cells = [
+            [r["method"], r["preset"], r["model"], r["printed"], output.format_count(r["trainable_params"]),
              "equal" if r["agrees"] else f"differs: {r['reason'] or 'no reason known'}"]
             for r in rows
         ]  # fmt: skip
-        output.table(f"{len(rows)} published counts", columns, shown, right=("printed", "here"))
+        output.print_table(f"{len(rows)} published counts", columns, cells, right=("printed", "here"))
 
 
-def _plain(value: object) -> object:
+def _as_text(value: object) -> object:
+    """A list of names as `a,b`; any other value unchanged."""
     return ",".join(map(str, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""`peftzoo profile`: step time and saved memory against the frozen-model floor, and against HF PEFT."""
+"""`peftzoo profile`: step time and activation memory against the frozen-model floor, and against HF PEFT."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo profile --method lora,dora --against peft")(profile)
 
 
@@ -43,12 +44,12 @@ def profile(
     from peftzoo.measuring import step_profile as engine
 
     output.load_plugins(plugin)
-    chosen = output.names(method, registry.methods(), "method")
-    given = output.parse_set(set_, chosen)
+    chosen = output.parse_names(method, registry.methods(), "method")
+    set_options = output.parse_set(set_, chosen)
     options: dict[str, dict[str, str]] = {}
     for name in chosen:
         try:
-            options[name] = _options(registry.get(name), given[name])
+            options[name] = _options(registry.get(name), set_options[name])
         except UserError as error:
             if method != "all":
                 raise
@@ -58,25 +59,27 @@ def profile(
         for number, name in enumerate(chosen, 1):
             status.update(f"{name} ({number} of {len(chosen)})")
             rows += engine.profile(
-                [name], against=against, rounds=rounds, model=_builder(model), options=options,
+                [name], against=against, rounds=rounds, model=_model_builder(model), options=options,
                 batch_size=batch_size, length=length,
             )  # fmt: skip
     if out is not None:
-        write_atomically(out, engine.page(rows, _command(), _about(rounds, batch_size, length)).encode())
+        write_atomically(out, engine.page(rows, _command(), _conditions(rounds, batch_size, length)).encode())
         output.note(f"wrote {out}")
     if json:
-        output.as_json(rows)
+        output.print_json(rows)
     else:
-        _print(rows, against)
+        _print_rows(rows, against)
     if any(r["status"] != "ok" for r in rows):
         raise typer.Exit(1)
 
 
 def _command() -> str:
+    """The command line as it was typed, for the page."""
     return shlex.join(["peftzoo", *sys.argv[1:]])
 
 
-def _about(rounds: int, batch_size: int, length: int) -> str:
+def _conditions(rounds: int, batch_size: int, length: int) -> str:
+    """Device, batch and versions of a measurement, for the page."""
     from peftzoo.measuring.counters import environment
 
     env = environment()
@@ -89,10 +92,10 @@ def _about(rounds: int, batch_size: int, length: int) -> str:
     )
 
 
-def _options(cls: type, given: dict[str, str]) -> dict[str, str]:
-    """The given options, and every linear layer as target where the method takes them all.
+def _options(cls: type, options: dict[str, str]) -> dict[str, str]:
+    """The options, with `targets=all` added if the method accepts every linear layer.
 
-    A mistake shows before anything is measured.
+    Raises the `UserError` of options that do not fit, before anything is measured.
     """
     import torch
 
@@ -102,18 +105,19 @@ def _options(cls: type, given: dict[str, str]) -> dict[str, str]:
     from peftzoo.measuring.step_profile import small_llama
 
     with torch.device("meta"):
-        bare = small_llama()
-    if cls.kind == LINEAR and "targets" in cls.Config.model_fields and "targets" not in given:
+        model = small_llama()
+    if cls.kind == LINEAR and "targets" in cls.Config.model_fields and "targets" not in options:
         try:
-            attach(bare, configure(cls, given | {"targets": "all"})).detach()
-            return given | {"targets": "all"}
+            attach(model, configure(cls, options | {"targets": "all"})).detach()
+            return options | {"targets": "all"}
         except UserError:
             pass
-    attach(bare, configure(cls, given)).detach()
-    return given
+    attach(model, configure(cls, options)).detach()
+    return options
 
 
-def _builder(model: str | None) -> Callable | None:
+def _model_builder(model: str | None) -> Callable | None:
+    """A function that loads the named model; None for the default model."""
     if model is None:
         return None
 
@@ -128,16 +132,17 @@ def _builder(model: str | None) -> Callable | None:
     return build
 
 
-def _print(rows: list[dict[str, Any]], against: str | None) -> None:
+def _print_rows(rows: list[dict[str, Any]], against: str | None) -> None:
+    """Print the table; with the columns of HF PEFT if it was measured too."""
     columns = ["method", "trained", "step ms", "step / floor", "saved MiB", "floor saves"]
     columns += ["PEFT step / floor", "PEFT saved MiB"] if against else []
-    shown = [
-        [r["name"], output.count(r["trainable_params"]), output.number(r["step_ms"], 1),
-         output.number(r["floor_ratio"], 2) or r["reason"], output.number(r["saved_mib"], 0),
-         output.number(r["floor_saved_mib"], 0)]
-        + ([output.number(r["peft_floor_ratio"], 2), output.number(r["peft_saved_mib"], 0)]
+    cells = [
+        [r["name"], output.format_count(r["trainable_params"]), output.format_number(r["step_ms"], 1),
+         output.format_number(r["floor_ratio"], 2) or r["reason"], output.format_number(r["saved_mib"], 0),
+         output.format_number(r["floor_saved_mib"], 0)]
+        + ([output.format_number(r["peft_floor_ratio"], 2), output.format_number(r["peft_saved_mib"], 0)]
            if against else [])
         for r in rows
     ]  # fmt: skip
     title = "Training step as a ratio to the frozen-model floor, and memory kept for backward"
-    output.table(title, columns, shown, right=columns[1:])
+    output.print_table(title, columns, cells, right=columns[1:])

@@ -1,4 +1,4 @@
-"""`peftzoo recommend`: what the records say about which method to take."""
+"""`peftzoo recommend`: the best measured methods within a budget."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo recommend --model embedded --max-trainable 1M")(recommend)
 
 
@@ -41,18 +42,18 @@ def recommend(
     if not results.is_dir():
         raise UserError(f'--results "{results}": no such folder')
     records = []
-    for found in store.read_all(results):
-        if isinstance(found, UserError):
-            output.note(f"skipped: {found}")
+    for entry in store.read_all(results):
+        if isinstance(entry, UserError):
+            output.note(f"skipped: {entry}")
         else:
-            records.append(found)
+            records.append(entry)
     if not records:
         raise UserError(
             f'no records under "{results}": make one with `peftzoo bench --method lora --task gsm8k`'
         )
     advice = engine.recommend(records, model, task_like, *limits)
     if json:
-        output.as_json({
+        output.print_json({
             "tables": formats.as_rows(advice.tables), "beyond_budget": advice.beyond,
             "unknown_cost": advice.unknown, "missing": advice.missing,
         })  # fmt: skip
@@ -60,15 +61,17 @@ def recommend(
     columns = ("rank", "method", "score", "+-95 %", "seeds", "trained", "memory MiB", "step ms", "options")
     for facts, table in advice.tables:
         rows = [
-            [r["rank"], r["method"], output.number(r["score"]), output.number(_known(r["ci95"])), r["seeds"],
-             output.count(None if _known(r["trained"]) is None else int(r["trained"])),
-             output.number(_known(r["memory_mib"]), 0), output.number(_known(r["step_ms"]), 1), r["options"]]
+            [r["rank"], r["method"], output.format_number(r["score"]),
+             output.format_number(_none_if_nan(r["ci95"])), r["seeds"],
+             output.format_count(None if _none_if_nan(r["trained"]) is None else int(r["trained"])),
+             output.format_number(_none_if_nan(r["memory_mib"]), 0),
+             output.format_number(_none_if_nan(r["step_ms"]), 1), r["options"]]
             for r in table.head(top).to_dict("records")
         ]  # fmt: skip
         title = (
             f"{formats.title(facts)}: {facts['metric']}\n{formats.conditions(facts)}\n{formats.device(facts)}"
         )
-        output.table(title, columns, rows, right=("rank", *columns[2:-1]))
+        output.print_table(title, columns, rows, right=("rank", *columns[2:-1]))
     if not advice.tables:
         print("No measured row is within this budget.")
     print(f"Beyond the budget: {advice.beyond} rows; cost not on record: {advice.unknown} rows.")
@@ -76,5 +79,6 @@ def recommend(
         print(f"Missing: {line}.")
 
 
-def _known(value: float | None) -> float | None:
+def _none_if_nan(value: float | None) -> float | None:
+    """The value, or None for NaN."""
     return None if value is None or value != value else value

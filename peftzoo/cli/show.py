@@ -1,4 +1,4 @@
-"""`peftzoo show`: one method or one task."""
+"""`peftzoo show`: one method, task or group of tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo show unilora")(show)
 
 
@@ -34,13 +35,14 @@ def show(name: str = typer.Argument(..., help="A method or a task."), json: bool
 
 
 def _show_method(name: str, json: bool) -> None:
+    """Print a method's card, options and presets."""
     from peftzoo.contract import registry
     from peftzoo.records import published
 
     cls = registry.get(name)
     text = cls.card or inspect.getdoc(inspect.getmodule(cls)) or ""
     options = [
-        {"option": k, "default": _plain(f.get_default(call_default_factory=True)), "meaning": f.description}
+        {"option": k, "default": _as_text(f.get_default(call_default_factory=True)), "meaning": f.description}
         for k, f in cls.Config.model_fields.items()
     ]
     presets = published.presets(cls)
@@ -48,27 +50,32 @@ def _show_method(name: str, json: bool) -> None:
         facts = {
             k: getattr(cls, k) for k in ("name", "title", "paper", "family", "peft", "lr", "identity_at_init")
         }
-        output.as_json({**facts, "mergeable": bool(cls.mergeable), "card": text, "options": options,
+        output.print_json({**facts, "mergeable": bool(cls.mergeable), "card": text, "options": options,
                       "presets": {k: p.model_dump(mode="json") for k, p in presets.items()}})  # fmt: skip
         return
     print(f"{name}: {cls.title}\n\n{text}\n")
     if options:
-        output.table("Options (--set KEY=VALUE)", options[0], [o.values() for o in options])
+        output.print_table("Options (--set KEY=VALUE)", options[0], [o.values() for o in options])
     if presets:
         rows = [(k, _pairs(p.options), _pairs(p.train), p.source) for k, p in presets.items()]
-        output.table("Published settings (--preset NAME)", ("preset", "options", "training", "source"), rows)
+        output.print_table(
+            "Published settings (--preset NAME)", ("preset", "options", "training", "source"), rows
+        )
     print(f"Learning rate: {cls.lr:g} by default.\n\nTry: peftzoo bench --method {name} --task gsm8k")
 
 
-def _pairs(given: dict[str, Any]) -> str:
-    return ", ".join(f"{k}={_plain(v)}" for k, v in given.items())
+def _pairs(settings: dict[str, Any]) -> str:
+    """`key=value` for each setting."""
+    return ", ".join(f"{k}={_as_text(v)}" for k, v in settings.items())
 
 
-def _plain(value: Any) -> Any:
+def _as_text(value: Any) -> Any:
+    """A tuple as `a,b`; any other value unchanged."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _show_group(name: str, members: tuple[str, ...], json: bool) -> None:
+    """Print the tasks of a group, and its settings if they are trained together."""
     from peftzoo.tasks import task_files
 
     about = (
@@ -77,24 +84,25 @@ def _show_group(name: str, members: tuple[str, ...], json: bool) -> None:
         else {}
     )
     if json:
-        output.as_json({"group": name, "tasks": list(members), **about})
+        output.print_json({"group": name, "tasks": list(members), **about})
         return
     how = "trained together, one model for all" if about else "run one by one"
     print(f"{name}: {len(members)} tasks, {how}\n\n" + "\n".join(members))
     if rows := [(k, v) for k, v in about.items() if v not in (None, "", [], {})]:
-        output.table("Together", ("key", "value"), rows)
+        output.print_table("Together", ("key", "value"), rows)
     print(f"\nTry: peftzoo bench --method lora --task {name}")
 
 
 def _show_task(name: str, json: bool) -> None:
+    """Print the task file of one task, with its defaults."""
     from peftzoo.tasks import task_files
 
     task = task_files.get(name)
     facts = task.model_dump(mode="json")
     if json:
-        output.as_json(facts)
+        output.print_json(facts)
         return
     extra = facts.pop("extra")
     rows = [(k, v) for k, v in {**facts, **extra}.items() if v not in (None, [], {})]
-    output.table(f"{task.name}: {extra['title']}", ("key", "value"), rows)
+    output.print_table(f"{task.name}: {extra['title']}", ("key", "value"), rows)
     print(f"Try: peftzoo bench --method lora --task {task.name}")

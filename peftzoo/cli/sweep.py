@@ -1,4 +1,4 @@
-"""`peftzoo sweep`: many runs, as a file lists them."""
+"""`peftzoo sweep`: do the runs that a sweep file lists."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from peftzoo.cli import bench, output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo sweep sweep.yaml --dry-run")(sweep)
 
 
@@ -37,156 +38,164 @@ def sweep(
     if address and executor != "ray":
         raise UserError(f'--address "{address}" is for --executor ray')
     output.load_plugins(plugin)
-    wanted = engine.read(file)
+    spec = engine.read(file)
     with redirect_stdout(sys.stderr):
-        plans, notes = resolve(wanted.requests(), skip=wanted.gathers)
+        plans, notes = resolve(spec.requests(), skip=spec.selects_by_group)
         for note in notes:
             output.note(note)
-        studies = _studies(wanted, [p.request for p in plans])
+        studies = _make_studies(spec, [p.request for p in plans])
         plans = [] if studies else plans
         if dry_run:
-            rows = _plan(plans, studies, out)
+            rows = _plan_rows(plans, studies, out)
         else:
-            output.folder(out)
-            size = packs.parse("pack", wanted.pack)
-            scheduler = _do(
+            output.make_folder(out)
+            size = packs.parse_pack_size("pack", spec.pack)
+            scheduler = _run_sweep(
                 [p.request for p in plans], studies, out, workers, (executor, address), plugin, size
             )
     if dry_run:
-        _show_plan(rows, json)
+        _print_plan(rows, json)
     else:
-        _report(scheduler, json)
+        _print_results(scheduler, json)
 
 
-def _studies(wanted: Any, requests: list[Any]) -> list[Any]:
-    """A search for each method, task and model."""
-    if not wanted.search:
+def _make_studies(spec: Any, requests: list[Any]) -> list[Any]:
+    """A study for each method, task and model; [] if the file has no search."""
+    if not spec.search:
         return []
     from peftzoo.sweeps.study import Study
 
     first = {(r.method, r.task, r.model): r for r in reversed(requests)}
-    found = [Study(wanted.search, r, wanted.seeds) for r in reversed(first.values())]
-    for study in found:
-        study.check()
-    return found
+    studies = [Study(spec.search, r, spec.seeds) for r in reversed(first.values())]
+    for study in studies:
+        study.check_space()
+    return studies
 
 
-def _plan(plans: list[Any], studies: list[Any], out: Path) -> list[dict[str, Any]]:
-    """A row per run; of a search, a row for its trials and one for the runs after it."""
+def _plan_rows(plans: list[Any], studies: list[Any], out: Path) -> list[dict[str, Any]]:
+    """The rows of the dry run: one per run; of a search, one for its trials and one for the runs after it."""
     from peftzoo.errors import UserError
     from peftzoo.records import store
     from peftzoo.runs.estimates import Estimates
-    from peftzoo.runs.plan import resolved
+    from peftzoo.runs.plan import as_plan
     from peftzoo.runs.run import new_record
 
-    found = [*store.read_all(out)] if out.is_dir() else []
-    for error in (f for f in found if isinstance(f, UserError)):
+    entries = [*store.read_all(out)] if out.is_dir() else []
+    for error in (e for e in entries if isinstance(e, UserError)):
         output.note(f"skipped: {error}")
-    estimates, rows = Estimates(r for r in found if not isinstance(r, UserError)), []
+    estimates, rows = Estimates(e for e in entries if not isinstance(e, UserError)), []
 
-    def row(request: Any, kind: str, times: int, there: bool = False) -> dict[str, Any]:
-        plan = resolved(request)
+    def row(request: Any, kind: str, times: int, on_record: bool = False) -> dict[str, Any]:
+        """The row of `times` runs like this request, with their state and the estimate for one of them."""
+        plan = as_plan(request)
         record = new_record(plan)
-        guess, c = estimates.of(record), record.train_config
-        started = out / "checkpoints" / f"{record.id}-s{record.seed}.safetensors"
-        there = there or (kind == "run" and store.path(out, record).is_file())
-        state = "done" if there else "half done" if kind == "run" and started.is_file() else "to do"
-        given = ", ".join(f"{k}={v}" for k, v in plan.request.options.items())
+        estimate, config = estimates.for_run(record), record.train_config
+        checkpoint = out / "checkpoints" / f"{record.id}-s{record.seed}.safetensors"
+        on_record = on_record or (kind == "run" and store.path(out, record).is_file())
+        state = "done" if on_record else "half done" if kind == "run" and checkpoint.is_file() else "to do"
+        options = ", ".join(f"{k}={v}" for k, v in plan.request.options.items())
         return {
             "kind": kind, "times": times, "state": state, "method": record.method, "task": record.task,
-            "model": record.model, "seed": record.seed, "steps": c["steps"], "batch_size": c["batch_size"],
-            "lr": c["lr"], "options": given, "id": record.id if kind == "run" else None,
-            "seconds": guess.seconds, "memory": guess.memory, "basis": guess.basis,
+            "model": record.model, "seed": record.seed, "steps": config["steps"],
+            "batch_size": config["batch_size"], "lr": config["lr"], "options": options,
+            "id": record.id if kind == "run" else None,
+            "seconds": estimate.seconds, "memory": estimate.memory, "basis": estimate.basis,
         }  # fmt: skip
 
     rows += [row(plan, "run", 1) for plan in plans]
     for study in studies:
         done, left = study.replay(out / "tuning")
-        rows += [row(study.sample(), "trial", done, there=True)] if done else []
+        rows += [row(study.default_trial(), "trial", done, on_record=True)] if done else []
         if left:
-            rows.append(row(study.sample(), "trial", left))
+            rows.append(row(study.default_trial(), "trial", left))
             rows.append(row(study.request, "after the search", len(study.seeds)))
         else:
-            rows += [row(request, "run", 1) for request in study.settled()]
+            rows += [row(request, "run", 1) for request in study.final_requests()]
     return rows
 
 
-def _show_plan(plan: list[dict[str, Any]], json: bool) -> None:
-    ahead = [r for r in plan if r["state"] != "done"]
-    known = [r for r in ahead if r["seconds"] is not None]
-    memory = [r["memory"] for r in ahead if r["memory"] is not None]
+def _print_plan(plan: list[dict[str, Any]], json: bool) -> None:
+    """Print the rows of a dry run and their totals."""
+    to_do = [r for r in plan if r["state"] != "done"]
+    estimated = [r for r in to_do if r["seconds"] is not None]
+    memory = [r["memory"] for r in to_do if r["memory"] is not None]
     total = {
         "runs": sum(r["times"] for r in plan), "done": sum(r["times"] for r in plan if r["state"] == "done"),
-        "to_do": sum(r["times"] for r in ahead), "estimated": sum(r["times"] for r in known),
-        "seconds": sum(r["seconds"] * r["times"] for r in known), "memory": max(memory, default=None),
+        "to_do": sum(r["times"] for r in to_do), "estimated": sum(r["times"] for r in estimated),
+        "seconds": sum(r["seconds"] * r["times"] for r in estimated), "memory": max(memory, default=None),
     }  # fmt: skip
     if json:
-        output.as_json({"plan": plan, "total": total})
+        output.print_json({"plan": plan, "total": total})
         return
     columns = ("method", "task", "model", "seed", "runs", "state", "steps", "batch", "lr", "options", "time",
                "memory", "estimate")  # fmt: skip
     rows = [
         [r["method"], r["task"], r["model"], "" if r["times"] > 1 else r["seed"],
          f"{r['times']} {'trials' if r['kind'] == 'trial' else ''}".strip(), r["state"], r["steps"],
-         r["batch_size"], f"{r['lr']:g}" if r["steps"] else "", r["options"], _time(r["seconds"]),
+         r["batch_size"], f"{r['lr']:g}" if r["steps"] else "", r["options"], _hours(r["seconds"]),
          _mib(r["memory"]), r["basis"]]
         for r in plan
     ]  # fmt: skip
-    output.table("Plan", columns, rows, right=("seed", "steps", "batch", "lr", "time", "memory"))
+    output.print_table("Plan", columns, rows, right=("seed", "steps", "batch", "lr", "time", "memory"))
     missing = total["to_do"] - total["estimated"]
-    words = [f"{total['runs']} runs, {total['done']} done, {total['to_do']} to do"]
-    if known:
-        words.append(f"{_time(total['seconds'])} one after the other for {total['estimated']} of them")
-        words.append(f"at most {_mib(total['memory'])} for one run")
+    summary = [f"{total['runs']} runs, {total['done']} done, {total['to_do']} to do"]
+    if estimated:
+        summary.append(f"{_hours(total['seconds'])} one after the other for {total['estimated']} of them")
+        summary.append(f"at most {_mib(total['memory'])} for one run")
     if missing:
-        words.append(f"time and memory of {missing} unknown")
-    print("; ".join(words))
+        summary.append(f"time and memory of {missing} unknown")
+    print("; ".join(summary))
 
 
-def _time(seconds: float | None) -> str:
+def _hours(seconds: float | None) -> str:
+    """Seconds as `h:mm:ss`."""
     if seconds is None:
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def _mib(memory: int | None) -> str:
-    return "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB"
+def _mib(size: int | None) -> str:
+    """Bytes as MiB."""
+    return "unknown" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
-def _do(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
+def _run_sweep(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
         where: tuple[str, str | None], plugins: list[str], pack: tuple[Any, Any]) -> Any:  # fmt: skip
+    """Do the runs and searches; returns the scheduler with their records. `where`: (executor, address)."""
     from peftzoo.sweeps.scheduler import Scheduler
 
     out, files = out.resolve(), [str(Path(p).resolve()) for p in plugins]
     total = len(requests) + sum(s.search.trials * bool(s.space) + len(s.seeds) for s in studies)
-    with _Shown(total) as shown:
-        executor = _executor(where, workers, out, files, shown)
-        drive = Scheduler(executor, out, shown.tell, shown.note)
-        shown.note(f"{shown.total} runs, {executor.count} at once, {executor.threads} threads each")
+    with SweepProgress(total) as progress:
+        executor = _executor(where, workers, out, files, progress)
+        scheduler = Scheduler(executor, out, progress.on_record, progress.note)
+        progress.note(f"{progress.total} runs, {executor.count} at once, {executor.threads} threads each")
         try:
-            drive.do(requests, studies, pack)
+            scheduler.run(requests, studies, pack)
         except KeyboardInterrupt:
-            shown.note(f"stopping; {len(drive.waiting)} runs are not done, those under way have checkpoints")
+            unfinished = len(scheduler.pending)
+            progress.note(f"stopping; {unfinished} runs are not done, those under way have checkpoints")
             raise
         finally:
             executor.close()
-    return drive
+    return scheduler
 
 
 def _executor(where: tuple[str, str | None], workers: int | None, out: Path, plugins: list[str],
-              shown: _Shown) -> Any:  # fmt: skip
+              progress: SweepProgress) -> Any:  # fmt: skip
+    """The executor of `where`, (name, address of a Ray cluster)."""
     if where[0] == "ray":
         from peftzoo.sweeps.ray_executor import RayExecutor
 
         return RayExecutor(where[1], workers, out, plugins)
     from peftzoo.sweeps.executors import ProcessExecutor
 
-    return ProcessExecutor(workers, plugins, shown.follow)
+    return ProcessExecutor(workers, plugins, progress.on_progress)
 
 
-class _Shown:
-    """The sweep as a whole and what each worker does, on a terminal; a line per finished run everywhere."""
+class SweepProgress:
+    """Prints the progress: a line per finished run; on a terminal also bars for the sweep and each worker."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -199,49 +208,53 @@ class _Shown:
             TextColumn("{task.fields[values]}", markup=False), TimeElapsedColumn(), console=self.console,
             disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.whole = self.bar.add_task("sweep", total=total, values="")
+        self.sweep_bar = self.bar.add_task("sweep", total=total, values="")
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> SweepProgress:
         self.bar.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.__exit__(*error)
 
-    def follow(
+    def on_progress(
         self, worker: int, job: Any, stage: str, step: int, total: int, values: dict[str, float]
     ) -> None:
+        """Update the bar of a worker; `executors.ProgressCallback`."""
         if worker not in self.lines:
             self.lines[worker] = self.bar.add_task("", total=1, values="")
-        r, words = job.request, {"load": "loading", "train": "training", "score": "scoring"}[stage]
+        r, activity = job.request, {"load": "loading", "train": "training", "score": "scoring"}[stage]
         title = f"{r.method} on {r.task}, seed {r.seed}"
         if job.companions:
             title = f"{len(job.requests)} runs on {r.task}"
         self.bar.update(
             self.lines[worker], completed=step, total=total,
-            description=f"{title}: {words}",
+            description=f"{title}: {activity}",
             values=f"loss {values['loss']:.3f}" if "loss" in values else "",
         )  # fmt: skip
 
-    def tell(self, record: Any, new: bool, trial: bool) -> None:
+    def on_record(self, record: Any, new: bool, trial: bool) -> None:
+        """Print the line of a finished run."""
         self.done += 1
         self.total = max(self.total, self.done)
-        self.bar.update(self.whole, completed=self.done, total=self.total)
-        what = f"{record.method} on {record.task}, {record.model}, seed {record.seed}"
-        what += ", a trial" if trial else ""
-        word = record.status if new else "on record"
-        self.note(f"[{self.done}/{self.total}] {what}: {word}, {bench.short(record)}")
+        self.bar.update(self.sweep_bar, completed=self.done, total=self.total)
+        title = f"{record.method} on {record.task}, {record.model}, seed {record.seed}"
+        title += ", a trial" if trial else ""
+        status = record.status if new else "on record"
+        self.note(f"[{self.done}/{self.total}] {title}: {status}, {bench.score_or_reason(record)}")
 
     def note(self, text: str) -> None:
+        """Print a message above the bars."""
         if self.bar.disable:
             output.note(text)
         else:
             self.bar.console.print(text, markup=False, highlight=False)
 
 
-def _report(drive: Any, json: bool) -> None:
-    bench.report(drive.records, json, {})
-    for text in drive.lost:
+def _print_results(scheduler: Any, json: bool) -> None:
+    """Print the records of the sweep; exit with code 1 if a run failed."""
+    bench.print_results(scheduler.records, json, {})
+    for text in scheduler.lost_runs:
         output.note(f"lost: {text}")
-    if drive.lost or any(record.status != "ok" for record, _, _ in drive.records):
+    if scheduler.lost_runs or any(record.status != "ok" for record, _, _ in scheduler.records):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`peftzoo verify`: is a record what it says?"""
+"""`peftzoo verify`: check a record, and do its run again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from peftzoo.cli import output
 
 
 def add(app: typer.Typer) -> None:
+    """Register the command."""
     app.command(epilog="Example: peftzoo verify results/records/.../0123456789ab-s0.json")(verify)
 
 
@@ -37,23 +38,27 @@ def verify(
     from peftzoo.runs import verification as engine
 
     output.load_plugins(plugin)
-    found = store.read(record)
-    if found.status != "ok":
-        raise UserError(f"{record}: a {found.status} run has no result to verify: choose one under records/")
-    checks = engine.files(found)
+    verified = store.read(record)
+    if verified.status != "ok":
+        raise UserError(
+            f"{record}: a {verified.status} run has no result to verify: choose one under records/"
+        )
+    checks = engine.check_files(verified)
     if run:
-        wanted = engine.request(found, task=task, model=model, data=data, trust_remote_code=trust_remote_code)
-        output.note(f"running {found.name} again")
+        request = engine.request_of(
+            verified, task=task, model=model, data=data, trust_remote_code=trust_remote_code
+        )
+        output.note(f"running {verified.name} again")
         with redirect_stdout(sys.stderr):
-            checks += engine.again(found, wanted, tolerance)
-    good = all(c.good is not False for c in checks)
+            checks += engine.rerun(verified, request, tolerance)
+    holds = all(c.good is not False for c in checks)
     if json:
-        status = "ok" if good else "differs"
-        output.as_json({"name": found.name, "status": status, "checks": [asdict(c) for c in checks]})
+        status = "ok" if holds else "differs"
+        output.print_json({"name": verified.name, "status": status, "checks": [asdict(c) for c in checks]})
     else:
-        words = {True: "same", False: "DIFFERS", None: "not compared"}
-        output.table(found.name, ("what", "recorded", "found", ""),
-                   [(c.what, c.recorded, c.found, words[c.good]) for c in checks])  # fmt: skip
-        print("The record holds." if good else "The record does not hold: see the lines that differ.")
-    if not good:
+        verdicts = {True: "same", False: "DIFFERS", None: "not compared"}
+        output.print_table(verified.name, ("what", "recorded", "found", ""),
+                   [(c.what, c.recorded, c.found, verdicts[c.good]) for c in checks])  # fmt: skip
+        print("The record holds." if holds else "The record does not hold: see the lines that differ.")
+    if not holds:
         raise typer.Exit(1)

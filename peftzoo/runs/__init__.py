@@ -1,9 +1,9 @@
 """One run from request to record, alone or in a pack with others.
 
-`plan` resolves a request, `runner` does the steps, `run` holds the lock and writes the record whatever
-happens. `packs` does several runs on one copy of the model. `adapter_generation` trains methods that write
-weights from a description, `verification` does a recorded run again, `estimates` says what a run will take,
-`trackers` follow it.
+`plan` resolves a request, `runner` does the steps, `run` holds the lock and writes the record, also of a run
+that fails. `packs` does several runs on one copy of the model. `adapter_generation` trains methods that
+generate weights from a description, `verification` repeats a recorded run, `estimates` predicts time and
+memory, `trackers` send the loss to an experiment tracker.
 """
 
 __all__ = ["adapter_generation", "estimates", "packs", "plan", "run", "runner", "trackers", "verification"]

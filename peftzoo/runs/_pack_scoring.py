@@ -1,4 +1,4 @@
-"""Scoring several adapters on one copy of the model, in shared batches."""
+"""Scores several adapters on one copy of the model, in shared batches."""
 
 from __future__ import annotations
 
@@ -16,33 +16,42 @@ from peftzoo.tasks.schema import Task
 
 
 class PackedModel(LanguageModel):
-    """Answers for every member of an installed pack; a request's task is named `task@member`."""
+    """Answers lm-eval's requests for every member of an installed pack.
 
-    def __init__(self, pack: Pack, *given: Any) -> None:
-        super().__init__(*given)
+    The name of a request's task is `TASK@MEMBER`, where MEMBER is the index of the member that answers.
+    The other arguments are those of `LanguageModel`.
+    """
+
+    def __init__(self, pack: Pack, *args: Any) -> None:
+        super().__init__(*args)
         self.pack = pack
 
     def owner(self, request: Any) -> int:
+        """The index of the member that answers this request."""
         return int(request.task_name.rpartition("@")[2])
 
     def rows_of(self, owners: list[int]) -> AbstractContextManager:
+        """Within it, row i of a batch belongs to member `owners[i]`, which are in ascending order."""
         counts = torch.bincount(torch.tensor(owners), minlength=len(self.pack.members))
-        return self.pack.rows(counts.tolist())
+        return self.pack.rows_per_member(counts.tolist())
 
 
 def scores(pack: Pack, members: list[int], model: nn.Module, tokenizer: Any, task: Task, rows: Any,
-           size: int, precision: str = "fp32", max_new_tokens: int | None = None,
+           batch_size: int, precision: str = "fp32", max_new_tokens: int | None = None,
            ) -> list[Scores]:  # fmt: skip
-    """Of each of these members on the test rows of `rows`, unmerged; the time is an equal share of the whole.
+    """Score these members of the pack, unmerged, on the test rows of `rows` (`sources.Rows`).
 
-    `size`: rows in a batch, of all members together. `pack` is not installed on `model`, before or after.
+    Returns the scores in the order of `members`; the time of each is an equal share of the total.
+    `batch_size` counts the rows of all members together. `pack` is not installed on `model` before or after.
     """
     autocast = torch.bfloat16 if precision == "bf16" else None
-    tasks = [harness_task(task, rows, max_new_tokens, name=f"{task.name}@{m}") for m in members]
+    lm_tasks = [harness_task(task, rows, max_new_tokens, name=f"{task.name}@{member}") for member in members]
     handle = attach(model, pack)
     try:
         model.eval()
-        return run_tasks(PackedModel(pack, model, tokenizer, size, autocast), tasks, task.extra.metric)
+        return run_tasks(
+            PackedModel(pack, model, tokenizer, batch_size, autocast), lm_tasks, task.extra.metric
+        )
     finally:
         handle.detach()
         pack.release()

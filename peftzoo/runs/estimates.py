@@ -1,4 +1,4 @@
-"""What a run will take, from records of like runs; where there are none, nothing is said."""
+"""Estimates of a run's time and memory from the records of similar runs."""
 
 from __future__ import annotations
 
@@ -14,62 +14,74 @@ from peftzoo.records.schema import Record, number
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds and bytes of one run, None where unknown, and where they come from."""
+    """Seconds and bytes of one run, None where unknown; `basis` says from which records they come."""
 
     seconds: float | None = None
     memory: int | None = None
     basis: str = "unknown: no like run on record"
 
 
-LIKE = ("task", "model", "view", "prune")
-SET = ("batch_size", "max_length", "precision", "micro_batch")
+SAME_FIELDS = ("task", "model", "view", "prune")
+SAME_SETTINGS = ("batch_size", "max_length", "precision", "micro_batch")
 
 
 class Estimates:
-    """Like runs have the same task, model, batch and device, and the same method, else the same family."""
+    """Estimates from the records of finished runs.
+
+    Records with the same task, model, batch, device and data source as the new run are compared with
+    it: those of the same method, or, if there are none, those of the same family of methods.
+    """
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self.runs: dict[tuple, list[Record]] = {}
+        self.by_key: dict[tuple, list[Record]] = {}
         for record in records:
             if record.status == "ok" and record.train_seconds is not None:
-                self.runs.setdefault(_like(record), []).append(record)
+                self.by_key.setdefault(_comparison_key(record), []).append(record)
 
-    def of(self, record: Record) -> Estimate:
-        """For a run that has not begun. Time follows the steps and the scored rows, memory does not."""
-        like = self.runs.get(_like(record), [])
-        same = [r for r in like if r.method == record.method]
-        what = f"of {record.method}"
-        if not same and (family := _family(record.method)):
-            same, what = [r for r in like if _family(r.method) == family], f"of {family} methods"
-        if not same:
+    def for_run(self, record: Record) -> Estimate:
+        """The estimate for a run that has not begun; `record` is the one it begins with (`run.new_record`).
+
+        Time is the median over the records, scaled to the run's steps and scored rows; memory is the largest.
+        """
+        comparable = self.by_key.get(_comparison_key(record), [])
+        of_method = [r for r in comparable if r.method == record.method]
+        source = f"of {record.method}"
+        if not of_method and (family := _method_family(record.method)):
+            of_method, source = (
+                [r for r in comparable if _method_family(r.method) == family],
+                f"of {family} methods",
+            )
+        if not of_method:
             return Estimate()
-        memory = [m for r in same if (m := _memory(r)) is not None]
+        memory = [m for r in of_method if (m := _peak_bytes(r)) is not None]
         return Estimate(
-            round(statistics.median(_seconds(r, record) for r in same), 1),
+            round(statistics.median(_seconds(r, record) for r in of_method), 1),
             max(memory, default=None),
-            f"from {len(same)} record{'s' if len(same) > 1 else ''} {what}",
+            f"from {len(of_method)} record{'s' if len(of_method) > 1 else ''} {source}",
         )
 
 
-def _like(r: Record) -> tuple:
-    facts = [getattr(r, k) for k in LIKE] + [r.train_config.get(k) for k in SET]
+def _comparison_key(r: Record) -> tuple[str, ...]:
+    """What two runs must have in common to be compared."""
+    facts = [getattr(r, k) for k in SAME_FIELDS] + [r.train_config.get(k) for k in SAME_SETTINGS]
     return tuple(map(str, [*facts, r.environment.get("device"), r.data.get("source")]))
 
 
-def _family(method: str) -> str | None:
+def _method_family(method: str) -> str | None:
     try:
         return registry.get(method).family
-    except (UserError, ImportError):  # a record of a method that is not here
+    except (UserError, ImportError):  # a method that is not installed here
         return None
 
 
 def _seconds(past: Record, planned: Record) -> float:
+    """Seconds of the planned run at the pace per step and per scored row of the past one."""
     steps, rows = number(past.train_config.get("steps")), number(past.data.get("scored_rows"))
     training = past.train_seconds / steps * (planned.train_config.get("steps") or 0) if steps else 0.0
     scoring = sum(s.seconds for s in (past.score, past.merged_score) if s)
     return training + (scoring / rows * planned.data["scored_rows"] if rows else 0.0)
 
 
-def _memory(r: Record) -> Any:
-    """Peak on a GPU; else the sum of what training holds."""
+def _peak_bytes(r: Record) -> Any:
+    """Peak bytes on a GPU; on a CPU the computed sum of what training holds."""
     return r.memory.get("cuda_allocated_peak") or r.memory.get("computed_total")

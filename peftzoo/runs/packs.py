@@ -1,4 +1,4 @@
-"""Several runs of one model and task in packs: trained together, scored together, a record for each."""
+"""Several runs of one model and task in packs: trained together, scored together, one record per run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from peftzoo.records.schema import Record
 from peftzoo.runs import _pack_scoring
 from peftzoo.runs._pack_loop import PackLoop
 from peftzoo.runs._packed_adapter import pack_refusal
-from peftzoo.runs.plan import Plan, Request, resolved
+from peftzoo.runs.plan import Plan, Request, as_plan
 from peftzoo.runs.run import (
     Busy,
-    Done,
+    RunResult,
     describe_failure,
     load_model,
     make_accelerator,
@@ -36,15 +36,15 @@ from peftzoo.scoring.evaluation import Scores
 from peftzoo.training.loop import Loop
 from peftzoo.units import amount
 
-USABLE = 0.8
-"""Share of the free memory that packs of automatic size may take."""
+USABLE_SHARE = 0.8
+"""Share of the free memory that a pack of automatic size may take."""
 
 
 @dataclass
 class Member:
-    """One run of a pack: its place in the list of requests, and its lock until the record is written."""
+    """One run of a pack; `index` is that of its request, `lock` is held until its record is written."""
 
-    place: int
+    index: int
     runner: Runner
     loop: Loop
     lock: ExitStack
@@ -54,24 +54,27 @@ def run_packs(requests: Sequence[Request | Plan], out: Path, *, size: int | None
               memory_budget: int | None = None, force: bool = False, progress: Progress | None = None,
               accelerator: Any = None, note: Callable[[str], None] = lambda _: None,
               score_together: bool | None = None,
-              jobs_per_device: int = 1) -> list[Done]:  # fmt: skip
+              jobs_per_device: int = 1) -> list[RunResult]:  # fmt: skip
     """Do several runs of one model and task in packs of up to `size` runs.
 
-    Without `size`, each pack has as many as fit into `room` bytes beside the model (by default most of what
-    is free, divided by the number of programs that are `sharing` the device). What is on record is not
-    repeated, what was interrupted goes on from its checkpoints. A run that cannot share the base, or that
-    another program is doing, or whose pack breaks down, is done on its own afterwards. A run whose loss is
-    not finite leaves its pack and is recorded as failed.
+    Returns the results in the order of `requests`. Without `size`, a pack has as many runs as fit into
+    `memory_budget` bytes beside the model; by default the budget is most of the free memory, divided by
+    `jobs_per_device`, the number of programs on the device. A run on record is not repeated (unless `force`),
+    an interrupted one resumes from its checkpoint. A run that cannot share the base, or that another program
+    is doing, or whose pack fails, is done alone afterwards. A run whose loss is not finite leaves its pack
+    and is recorded as failed.
 
-    `score_together`: in shared batches, unmerged, and merged on the first rows only; else each on its own, as
-    a single run is. By default on a GPU, where starting kernels takes the time; a CPU scores merged models
-    faster.
+    With `score_together`, the runs are scored unmerged in shared batches, and merged on the first rows only;
+    without it, each is scored like a single run. The default is to score together on a GPU, where launching
+    kernels takes most of the time, and one by one on a CPU, which scores merged models faster.
+
+    `note(text)` receives messages for the user. Raises `UserError` where the requests do not go together.
     """
-    on_progress, plans = progress or (lambda *_: None), [resolved(r) for r in requests]
-    _alike(plans)
+    on_progress, plans = progress or (lambda *_: None), [as_plan(r) for r in requests]
+    _check_compatible(plans)
     on_progress("load", 0, 1, {})
     accelerator = accelerator or make_accelerator()
-    found: dict[int, Done] = {}
+    results: dict[int, RunResult] = {}
     targets = [store.path(out, new_record(plan)) for plan in plans]
     if force or not all(target.is_file() for target in targets):
         shared_scoring = accelerator.device.type != "cpu" if score_together is None else score_together
@@ -88,17 +91,20 @@ def run_packs(requests: Sequence[Request | Plan], out: Path, *, size: int | None
             note,
             jobs_per_device,
         )
-        found = packer.do(plans)
+        results = packer.run_plans(plans)
         del packer, loaded  # and its model: a single run loads its own
         accelerator.free_memory()
-    for place, plan in enumerate(plans):
-        if place not in found:
-            found[place] = run(plan, out, force=force, progress=progress, accelerator=accelerator)
-    return [found[place] for place in range(len(requests))]
+    for index, plan in enumerate(plans):
+        if index not in results:
+            results[index] = run(plan, out, force=force, progress=progress, accelerator=accelerator)
+    return [results[index] for index in range(len(requests))]
 
 
 class Packer:
-    """Gathers runs until a pack is full, then does them; `found` are the results by place."""
+    """Gathers runs until a pack is full, then trains and scores them.
+
+    `results` holds what was done by index of the plan; a run that is missing there has to be done alone.
+    """
 
     def __init__(self, loaded: Loaded, out: Path, accelerator: Any, size: int | None,
                  memory_budget: int | None, force: bool, shared_scoring: bool, on_progress: Progress,
@@ -107,43 +113,50 @@ class Packer:
         self.size, self.shared_scoring, self.on_progress, self.note = size, shared_scoring, on_progress, note
         loaded.model.to(accelerator.device)
         self.memory_budget = (
-            None if size else memory_budget or int(USABLE * free_bytes(accelerator.device) / jobs_per_device)
+            None
+            if size
+            else memory_budget or int(USABLE_SHARE * free_bytes(accelerator.device) / jobs_per_device)
         )
-        self.used = 0
+        self.bytes_used = 0
         self.members: list[Member] = []
-        self.found: dict[int, Done] = {}
+        self.results: dict[int, RunResult] = {}
 
-    def do(self, plans: Iterable[Plan]) -> dict[int, Done]:
+    def run_plans(self, plans: Iterable[Plan]) -> dict[int, RunResult]:
+        """Do the runs in packs, and return `results`."""
         try:
-            for place, plan in enumerate(plans):
-                self._take(place, plan)
-            self._flush()
+            for index, plan in enumerate(plans):
+                self._add_run(index, plan)
+            self._run_gathered()
         finally:
             for member in self.members:
                 member.lock.close()
-        return self.found
+        return self.results
 
-    def _take(self, place: int, plan: Plan) -> None:
+    def _add_run(self, index: int, plan: Plan) -> None:
+        """Put the run into the pack, or its record into `results`; neither if it has to be done alone."""
         record = new_record(plan)
         if plan.selection or plan.pruning or plan.request.hold_out or plan.cls.edits_base:
-            return  # it changes the model, or looks at rows of its own
+            return  # it changes the model, or is scored on rows of its own
         if (plan.train_config.micro_batch or plan.train_config.batch_size) < plan.train_config.batch_size:
-            return  # a pack takes each run's batch as a whole
+            return  # a pack does not split a run's batch into micro-batches
         lock = ExitStack()
         try:
-            lock.enter_context(run_lock(self.out, record, patience=0))
+            lock.enter_context(run_lock(self.out, record, lock_timeout=0))
             target = store.path(self.out, record)
             if target.is_file() and not self.force:
-                self.found[place] = store.read(target), target, False
-            elif (member := self._prepared(place, plan, record, lock)) and self._join(member):
-                lock = ExitStack()  # the member has it now
+                self.results[index] = store.read(target), target, False
+            elif (member := self._prepare_member(index, plan, record, lock)) and self._add_member(member):
+                lock = ExitStack()  # the member holds the lock now
         except Busy:
             pass
         finally:
             lock.close()
 
-    def _prepared(self, place: int, plan: Plan, record: Record, lock: ExitStack) -> Member | None:
-        """None for a run that has to be on its own, also because it does not even begin: `run` says why."""
+    def _prepare_member(self, index: int, plan: Plan, record: Record, lock: ExitStack) -> Member | None:
+        """None for a run that has to be done alone.
+
+        That includes a run that fails here: done alone it fails again, and `run` records the reason.
+        """
         runner = Runner(plan, self.loaded, record, self.out, lambda *_: None, None, self.accelerator)
         try:
             loop = runner.prepare(fresh=self.force, install=False)
@@ -152,36 +165,40 @@ class Packer:
         if pack_refusal(runner.attached):
             runner.attached.detach()
             return None
-        return Member(place, runner, loop, lock)
+        return Member(index, runner, loop, lock)
 
-    def _join(self, member: Member) -> bool:
-        """Put the run into the pack, or into the next one if this is full; not if its memory is not known."""
+    def _add_member(self, member: Member) -> bool:
+        """Put the run into the pack, or into the next one if this is full.
+
+        Returns False if its memory cannot be measured: the run is done alone.
+        """
         try:
-            need = bytes_needed(member.loop) if self.memory_budget else 0
+            added_bytes = bytes_needed(member.loop) if self.memory_budget else 0
         except Exception:
             return False
         full = len(self.members) == self.size or (
-            self.memory_budget and self.used + need > self.memory_budget
+            self.memory_budget and self.bytes_used + added_bytes > self.memory_budget
         )
         if self.members and full:
-            self._flush()
+            self._run_gathered()
         self.members.append(member)
-        self.used += need
+        self.bytes_used += added_bytes
         return True
 
-    def _flush(self) -> None:
-        """Do the runs that have gathered; one alone has no company and is left."""
-        members, self.members, self.used = self.members, [], 0
+    def _run_gathered(self) -> None:
+        """Do the gathered runs as a pack; a single one is left to be done alone."""
+        members, self.members, self.bytes_used = self.members, [], 0
         try:
             if len(members) > 1:
-                self._run(members)
+                self._run_pack(members)
         finally:
             for lock in [member.lock for member in members]:
                 lock.close()
             members.clear()
-            self.accelerator.free_memory()  # what these runs held is not for the next pack
+            self.accelerator.free_memory()  # of these runs, before the next pack begins
 
-    def _run(self, members: list[Member]) -> None:
+    def _run_pack(self, members: list[Member]) -> None:
+        """Train the pack, score it and write a record per run; without results if the pack fails."""
         runs = {"runs": float(len(members))}
         pack = PackLoop(
             [m.loop for m in members], lambda step, total, *_: self.on_progress("train", step, total, runs)
@@ -199,37 +216,46 @@ class Packer:
             reason = describe_failure(error)[1]
             self.note(f"a pack of {len(members)} broke down ({reason}); its runs are done one by one")
             return
-        shared_scoring = self._scores(members, pack)
-        for number, member in enumerate(members):
-            self.on_progress("score", number, len(members), runs)
-            self.found[member.place] = self._finished(member, pack, number, shared_scoring.get(number))
+        pack_scores = self._score_members(members, pack)
+        for position, member in enumerate(members):
+            self.on_progress("score", position, len(members), runs)
+            self.results[member.index] = self._record_member(
+                member, pack, position, pack_scores.get(position)
+            )
 
-    def _scores(self, members: list[Member], pack: PackLoop) -> dict[int, dict[str, Scores]]:
-        """By number and task, for the runs that are whole; nothing where they cannot be scored together."""
-        whole, first = [n for n in range(len(members)) if n not in pack.broken], members[0].runner.plan
-        found: dict[int, dict[str, Scores]] = {n: {} for n in whole}
+    def _score_members(self, members: list[Member], pack: PackLoop) -> dict[int, dict[str, Scores]]:
+        """The scores of the runs that did not fail, by position in the pack and name of the task.
+
+        Empty if scoring in shared batches fails; the runs are then scored one by one.
+        """
+        trained, first = [i for i in range(len(members)) if i not in pack.failures], members[0].runner.plan
+        results: dict[int, dict[str, Scores]] = {i: {} for i in trained}
         try:
-            for part in first.eval_sets if whole and self.shared_scoring else []:
-                scored = _pack_scoring.scores(
-                    pack.pack, whole, self.loaded.model, self.loaded.tokenizer, part.task, part.rows,
-                    first.request.eval_batch, first.train_config.precision, first.max_new_tokens,
+            for eval_set in first.eval_sets if trained and self.shared_scoring else []:
+                member_scores = _pack_scoring.scores(
+                    pack.pack, trained, self.loaded.model, self.loaded.tokenizer, eval_set.task,
+                    eval_set.rows, first.request.eval_batch, first.train_config.precision,
+                    first.max_new_tokens,
                 )  # fmt: skip
-                for number, scores in zip(whole, scored, strict=True):
-                    found[number][part.name] = scores
+                for position, scores in zip(trained, member_scores, strict=True):
+                    results[position][eval_set.name] = scores
         except Exception as error:
             self.note(f"the pack's runs are scored one by one: {describe_failure(error)[1]}")
             return {}
-        return found
+        return results
 
-    def _finished(self, member: Member, pack: PackLoop, number: int, scores: Any) -> Done:
+    def _record_member(
+        self, member: Member, pack: PackLoop, position: int, scores: dict[str, Scores] | None
+    ) -> RunResult:
+        """Score the run, unless `scores` are known, and write its record."""
         runner, record, outcomes = member.runner, member.runner.record, []
         runner.record_training(member.loop.out)
-        record.memory, record.step_time = {}, {}  # a single run's share is not known
+        record.memory, record.step_time = {}, {}  # only those of the whole pack are measured
         record.packed = {"runs": len(pack.loops)} | {k: v for k, v in pack.memory.items() if v is not None}
         if pack.step_seconds:
             record.packed["step_ms"] = round(statistics.median(pack.step_seconds) * 1e3, 3)
-        if number in pack.broken:
-            record.status, record.reason = "failed", pack.broken[number]
+        if position in pack.failures:
+            record.status, record.reason = "failed", pack.failures[position]
         else:
             try:
                 with runner.attached.on():
@@ -243,24 +269,24 @@ class Packer:
         return store.read(target), target, True
 
 
-def parse(option: str, given: str) -> tuple[int | None, int | None]:
-    """Runs per pack, or the memory that they may take; neither (`auto`) where the free memory decides.
+def parse_pack_size(option: str, text: str) -> tuple[int | None, int | None]:
+    """The size of a pack as (runs, None) for a number, (None, bytes) for 16GB, (None, None) for `auto`.
 
-    Raises `UserError` for anything but a number, `auto` or a size such as 16GB.
+    With `auto`, the free memory decides. Raises `UserError`, which names `option`, for any other text.
     """
-    if given == "auto":
+    if text == "auto":
         return None, None
-    if given.isdecimal() and 0 < int(given) < 2**31:
-        return int(given), None
-    if given[-1:].upper() == "B" and (memory_budget := amount(option, given)):
+    if text.isdecimal() and 0 < int(text) < 2**31:
+        return int(text), None
+    if text[-1:].upper() == "B" and (memory_budget := amount(option, text)):
         return None, memory_budget
-    raise UserError(f'{option} "{given}": a number of runs from 1 on, auto, or a size of memory such as 16GB')
+    raise UserError(f'{option} "{text}": a number of runs from 1 on, auto, or a size of memory such as 16GB')
 
 
 def bytes_needed(loop: Loop) -> int:
-    """Bytes that a run adds to a pack: its tensors, gradients and moments, and what backward needs.
+    """Bytes that a run adds to a pack: its tensors, their gradients, Adam's moments, and saved activations.
 
-    The last is counted in a forward pass over the run's longest rows; the moments are those of Adam.
+    Activations are measured in a forward pass over the run's longest rows.
     """
     loop.attached.model.train()
     try:
@@ -268,23 +294,23 @@ def bytes_needed(loop: Loop) -> int:
             loop.probe()
     finally:
         loop.attached.model.eval()
-    trained = sum(p.numel() * p.element_size() for p in loop.params)
-    return 4 * trained + loop.out.memory["saved_for_backward"]
+    trained_bytes = sum(p.numel() * p.element_size() for p in loop.params)
+    return 4 * trained_bytes + loop.out.memory["saved_for_backward"]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on this device."""
+    """Bytes of free memory on this device; of the machine, if the device is no GPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _alike(plans: list[Plan]) -> None:
-    """Raise `UserError` unless these runs may share a model and a task."""
+def _check_compatible(plans: list[Plan]) -> None:
+    """Raise `UserError` unless all runs have one model, task, precision, data source and way of scoring."""
     for plan in plans[1:]:
-        for what, of in (("model", lambda p: p.request.model), ("task", lambda p: p.task_group.name),
+        for what, get in (("model", lambda p: p.request.model), ("task", lambda p: p.task_group.name),
                          ("precision", lambda p: p.train_config.precision), ("source", lambda p: p.source),
                          ("number of scored rows", lambda p: p.data.scored_rows),
                          ("longest answer", lambda p: p.max_new_tokens)):  # fmt: skip
-            if of(plan) != of(plans[0]):
+            if get(plan) != get(plans[0]):
                 raise UserError(
-                    f'a pack has one {what}: "{of(plans[0])}" and "{of(plan)}" cannot be in the same one'
+                    f'a pack has one {what}: "{get(plans[0])}" and "{get(plan)}" cannot be in the same one'
                 )

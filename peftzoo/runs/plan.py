@@ -1,4 +1,4 @@
-"""What is asked for and what it means: checked options, chosen rows, the id of the configuration."""
+"""Requests and plans: a request is what the user names, a plan what it resolves to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from peftzoo.training.config import TrainConfig, auto_precision
 
 @dataclass(frozen=True)
 class Request:
-    """What to run. Fields left at None are filled from the task's and the method's recommendations."""
+    """What to run. Fields that are None are filled from the recommendations of the task and the method."""
 
     method: str
     task: str
@@ -37,9 +37,9 @@ class Request:
     train: dict[str, Any] = field(default_factory=dict)
     """Overrides of `TrainConfig` fields; `epochs` may stand for `steps`."""
     protocol: str | None = None
-    """One of those that the task offers; None: its own."""
+    """One of the task's protocols; None is its default."""
     preset: str | None = None
-    """A published setting of the method; `options` and `train` go before it."""
+    """A published setting of the method; `options` and `train` override it."""
     precision: str = "auto"
     source: str | None = None
     data: str | None = None
@@ -47,46 +47,46 @@ class Request:
     max_new_tokens: int | None = None
     eval_batch: int = 32
     prune: str | None = None
-    """Prune the base model before the method is attached, for example `wanda:0.5`."""
+    """How to prune the base model before the method is attached, for example `wanda:0.5`."""
     retention: str | None = None
-    """A task whose text is read before and after: what the run forgets."""
+    """A task; the loss on its text is measured before and after training, to show what the run forgets."""
     trust_remote_code: bool = False
     save_every: int = 50
-    """Steps between checkpoints; an interrupted run loses no more."""
+    """Steps between checkpoints; an interrupted run loses at most as many."""
     hold_out: tuple[int, int] | None = None
-    """(rows, seed): train on the other training rows, and score on these in place of the scored rows."""
+    """(rows, seed): score on so many training rows of each task, drawn with the seed; train on the others."""
     tuning: dict[str, Any] | None = None
-    """The search that chose the options, for the record; its `budget` is a part of the identity."""
+    """The hyperparameter search that chose the options, for the record; its `budget` is part of the id."""
 
 
-class Shared:
-    """What several requests of one command have in common: each task, its rows and each model's facts are
-    looked up once."""
+class LookupCache:
+    """Tasks, rows and model facts that several requests of one command share, each looked up once."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Any, ...], Any] = {}
+        self._values: dict[tuple[Any, ...], Any] = {}
 
-    def once(self, what: tuple[Any, ...], look_up: Callable[[], Any]) -> Any:
-        if what not in self._found:
-            self._found[what] = look_up()
-        return self._found[what]
+    def get(self, key: tuple[Any, ...], look_up: Callable[[], Any]) -> Any:
+        """The value of `key`; the first call computes it with `look_up()`."""
+        if key not in self._values:
+            self._values[key] = look_up()
+        return self._values[key]
 
 
 class Plan:
-    """A request made definite: checked options, chosen source and rows, and the id that names it.
+    """A resolved request: method class, checked options, task, rows, protocol and training settings.
 
-    Each part is resolved once, by its own room in one call: task and rows, model, method and options,
-    protocol. `shared` holds what other requests of the same command have in common with this one.
+    Nothing is loaded but the rows. `cache` holds the look-ups of other requests of the same command. Raises
+    `UserError` for a request that cannot be run.
     """
 
-    def __init__(self, request: Request, shared: Shared | None = None) -> None:
-        self._once = (shared or Shared()).once
+    def __init__(self, request: Request, cache: LookupCache | None = None) -> None:
+        self._cached = (cache or LookupCache()).get
         self.cls = registry.get(request.method)
         self.request = request = replace(request, method=self.cls.name)
-        self.task_group = self._once(("task", request.task), lambda: task_files.task_group(request.task))
+        self.task_group = self._cached(("task", request.task), lambda: task_files.task_group(request.task))
         self.preset = published.get(self.cls, request.preset) if request.preset else published.NONE
         self.adapter = configure(self.cls, self._options())
-        _check_counts(request)
+        _check_positive(request)
         self.pruning = Pruning.parse(request.prune) if request.prune else None
         self.view = self._view()
         self.protocol, self.selection = self._protocol()
@@ -96,54 +96,57 @@ class Plan:
         self.train_config = self._train_config()
 
     def _options(self) -> dict[str, Any]:
-        """Options of the method: what a task fills in, then the preset's, then those of the request."""
-        filled_in = {"description": self.task_group.instruction} if self.cls.described else {}
-        return filled_in | self.preset.chosen(self.task_group.name) | self.request.options
+        """Options of the method: those of the task, overridden by the preset, overridden by the request."""
+        from_task = {"description": self.task_group.instruction} if self.cls.described else {}
+        return from_task | self.preset.chosen(self.task_group.name) | self.request.options
 
     def _data(self) -> run_data.RunData:
-        """The rows, from the source that the request means; also of the task that shows what is forgotten."""
+        """Load and split the rows; sets `source`, and `retention_set`, the rows of the retention task."""
         r, group = self.request, self.task_group
         mirror = sources.mirror_folder(r.data)
         self.source = source = sources.select_source(r.source, r.model, mirror, named=r.data is not None)
-        learns = self.cls.trains or self.cls.searches or self.pruning is not None
-        found = self._once(("rows", r.task, source, mirror, learns),
-                           lambda: run_data.load(group, source, mirror, learns))  # fmt: skip
-        self.general = r.retention and self._once(
+        needs_train_rows = self.cls.trains or self.cls.searches or self.pruning is not None
+        data = self._cached(("rows", r.task, source, mirror, needs_train_rows),
+                          lambda: run_data.load(group, source, mirror, needs_train_rows))  # fmt: skip
+        self.retention_set = r.retention and self._cached(
             ("retention", r.retention, r.task, source, mirror),
             lambda: retention.load(r.retention, group, source, mirror),
         )
-        return splits.split(found, hold_out=r.hold_out, selection=self.selection, seed=r.seed, limit=r.limit)
+        return splits.split(data, hold_out=r.hold_out, selection=self.selection, seed=r.seed, limit=r.limit)
 
     @property
     def model(self) -> models.Named:
         """The model's name and source, for the record. Raises `UserError` for a shape without weights."""
-        return self._once(("model", self.request.model), lambda: models.named(self.request.model))
+        return self._cached(("model", self.request.model), lambda: models.named(self.request.model))
 
     def new_adapter(self) -> Adapter:
-        """A fresh adapter with the plan's options, to be attached."""
+        """A new adapter with the plan's options, not yet attached."""
         return self.cls(self.adapter.config)
 
     @property
     def eval_sets(self) -> list[run_data.EvalSet]:
-        """The scored tasks."""
+        """The scored tasks with their rows."""
         return self.data.eval_sets
 
     @property
     def head(self) -> HeadSpec | None:
-        """The trained head that all scored tasks share."""
+        """The classification or regression head that all scored tasks share; None without one."""
         return self.task_group.tasks[0].extra.head if self.view == "head" else None
 
     def _view(self) -> str:
-        """How the model is scored: the same in all tasks of the group."""
+        """How the model is scored: `generate`, `choice` or `head`, the same for all tasks of the group.
+
+        Raises `UserError` where tasks differ in it, or the method or an option does not go with a head.
+        """
         name, tasks = self.request.model, self.task_group.tasks
-        causal = self._once(("causal", name), lambda: models.is_causal(name))
+        causal = self._cached(("causal", name), lambda: models.is_causal(name))
         views = {t.view(causal): t for t in tasks}
         heads = {t.extra.head and (t.extra.head.kind, t.extra.head.labels): t for t in tasks}
         if len(views) > 1 or ("head" in views and len(heads) > 1):
-            one, two = [*(views if len(views) > 1 else heads).values()][:2]
+            first, second = [*(views if len(views) > 1 else heads).values()][:2]
             raise UserError(
-                f'"{self.task_group.name}" cannot be trained together: "{one.name}" and "{two.name}" are '
-                "scored in different ways; run them one by one"
+                f'"{self.task_group.name}" cannot be trained together: "{first.name}" and "{second.name}" '
+                "are scored in different ways; run them one by one"
             )
         (view,) = views
         if view == "head" and self.cls.searches:
@@ -161,16 +164,21 @@ class Plan:
         return view
 
     def _protocol(self) -> tuple[str, Protocol | None]:
-        about, asked = self.task_group.about, self.request.protocol
-        if asked in (None, about.protocol):
+        """Name of the protocol, and how it selects a checkpoint; None for the default, the last step."""
+        about, name = self.task_group.about, self.request.protocol
+        if name in (None, about.protocol):
             return about.protocol, None
-        if asked not in about.protocols:
+        if name not in about.protocols:
             raise unknown(
-                f'protocol of task "{self.task_group.name}"', asked, [about.protocol, *about.protocols]
+                f'protocol of task "{self.task_group.name}"', name, [about.protocol, *about.protocols]
             )
-        return asked, about.protocols[asked]
+        return name, about.protocols[name]
 
     def _train_config(self) -> TrainConfig:
+        """Settings of the task and the method, overridden by the preset, overridden by the request.
+
+        `epochs` is converted to steps. Raises `UserError` for a value out of range.
+        """
         s, r = self.settings, self.request
         precision = auto_precision() if r.precision == "auto" else r.precision
         fields = {
@@ -180,8 +188,8 @@ class Plan:
         }
         fields |= {"train_on_prompt": s.train_on_prompt, "precision": precision}
         fields |= {"lr": self.cls.lr * s.lr_scale}
-        given = {k: v for k, v in r.train.items() if v is not None}
-        fields |= self.preset.training(self.task_group.name, given)
+        overrides = {k: v for k, v in r.train.items() if v is not None}
+        fields |= self.preset.training(self.task_group.name, overrides)
         epochs = fields.pop("epochs", None)
         if not self.cls.trains:
             fields["steps"], epochs = 0, None
@@ -200,9 +208,9 @@ class Plan:
         return config.model_copy(update={"steps": steps})
 
     def attach_to_shapes(self) -> None:
-        """Attach the method to the model's bare shapes: raises the `UserError` of options that do not fit it.
+        """Attach the method to the model on the meta device, to find options that do not fit before any run.
 
-        A method that breaks in any other way is not judged here: its run tells why, on record.
+        Raises the `UserError` of such options. Any other exception is left to the run, which records it.
         """
         try:
             attach(models.on_meta(self.request.model), self.new_adapter(), seed=self.request.seed)
@@ -214,10 +222,10 @@ class Plan:
             pass
 
     def identity(self) -> str:
-        """The name of this configuration: everything that decides the result, but not the seed."""
-        asked = {"prune": self.request.prune, "retention": self.request.retention}
-        asked["tuning"] = (self.request.tuning or {}).get("budget")
-        extra = {k: v for k, v in asked.items() if v}
+        """The id of this configuration: a hash of everything that decides the result, except the seed."""
+        optional = {"prune": self.request.prune, "retention": self.request.retention}
+        optional["tuning"] = (self.request.tuning or {}).get("budget")
+        extra = {k: v for k, v in optional.items() if v}
         return store.identity(extra | {
             "measure": counters.MEASURE_VERSION, "method": self.request.method,
             "config": self.adapter.config.model_dump(mode="json"),
@@ -230,45 +238,44 @@ class Plan:
         })  # fmt: skip
 
     def command(self) -> str:
-        """The command that repeats this run whatever the defaults become; without paths of this machine."""
+        """The command line that repeats this run with all its settings; `FOLDER` stands for local paths."""
         r = self.request
         task = Path(r.task).name if task_files.is_file(r.task) else r.task
-        words = ["peftzoo", "bench", "--method", r.method, "--task", task, "--model", r.model]
+        arguments = ["peftzoo", "bench", "--method", r.method, "--task", task, "--model", r.model]
         if r.model not in {m["name"] for m in models.known()} and Path(r.model).expanduser().exists():
-            words[-1] = "FOLDER"
+            arguments[-1] = "FOLDER"
         if not self.cls.__module__.startswith("peftzoo."):  # a plugin, from a file or a package
             file = Path(inspect.getfile(self.cls)).name
-            words += ["--plugin", file] if self.cls.__module__.startswith("peftzoo_plugin_") else []
-        words += ["--source", self.source, *(("--data", "FOLDER") if self.source == "mirror" else ())]
-        words += ["--seeds", str(r.seed)]
+            arguments += ["--plugin", file] if self.cls.__module__.startswith("peftzoo_plugin_") else []
+        arguments += ["--source", self.source, *(("--data", "FOLDER") if self.source == "mirror" else ())]
+        arguments += ["--seeds", str(r.seed)]
         extra = {"limit": r.limit, "max_new_tokens": r.max_new_tokens, "prune": r.prune}
         extra |= {"protocol": self.protocol if self.selection else None, "retention": r.retention}
         for key, value in (self.train_config.model_dump() | extra).items():
             if value is not None and value is not False:
-                words += [f"--{key.replace('_', '-')}"] + ([str(value)] if value is not True else [])
+                arguments += [f"--{key.replace('_', '-')}"] + ([str(value)] if value is not True else [])
         for key, value in self.adapter.config.model_dump(mode="json", exclude_none=True).items():
-            words += ["--set", f"{key}={_as_text(value)}"]
+            arguments += ["--set", f"{key}={_as_text(value)}"]
         trial = " # but scored on held-out training rows: a trial of a sweep's search" if r.hold_out else ""
-        return shlex.join(words) + trial
+        return shlex.join(arguments) + trial
 
 
 def resolve(requests: list[Request], *, skip: bool) -> tuple[list[Plan], list[str]]:
-    """Plans of the requests that can be run, after each was tried on its model's shapes, and notes on the
-    others.
+    """Plans of the requests that can be run, and a message for each other one.
 
-    Raises the first `UserError`; with `skip` only where nothing is left. Seeds are tried once for all. A
-    method that breaks when it is attached is left in: its run tells why, on record, and stops no other.
+    Each plan is checked on the shapes of its model (`attach_to_shapes`), once for all its seeds. Raises the
+    first `UserError`; with `skip`, requests that raise are left out, and it is raised only if none is left.
     """
-    shared, refused, plans = Shared(), {}, []
-    tried: set[str] = set()
+    cache, refused, plans = LookupCache(), {}, []
+    checked: set[str] = set()
     for request in requests:
         key = repr(replace(request, seed=0))
         if key in refused:
             continue
         try:
-            plan = _plan(request, shared)
-            if key not in tried:
-                tried.add(key)
+            plan = _plan(request, cache)
+            if key not in checked:
+                checked.add(key)
                 plan.attach_to_shapes()
         except UserError as error:
             if not skip:
@@ -281,9 +288,10 @@ def resolve(requests: list[Request], *, skip: bool) -> tuple[list[Plan], list[st
     return plans, [f"skipped: {e}" for e in dict.fromkeys(map(str, refused.values()))]
 
 
-def _plan(request: Request, shared: Shared) -> Plan:
+def _plan(request: Request, cache: LookupCache) -> Plan:
+    """The plan of a request. Any exception, such as one of a plugin's code, is raised as `UserError`."""
     try:
-        return Plan(request, shared)
+        return Plan(request, cache)
     except UserError:
         raise
     except Exception as error:  # a plugin's code
@@ -291,18 +299,20 @@ def _plan(request: Request, shared: Shared) -> Plan:
         raise UserError(f'method "{request.method}" breaks when it is planned ({reason})') from error
 
 
-def resolved(request: Request | Plan) -> Plan:
-    """The plan of a request; a plan is what it is."""
+def as_plan(request: Request | Plan) -> Plan:
+    """The plan of a request; a plan is returned unchanged."""
     return request if isinstance(request, Plan) else Plan(request)
 
 
-def _check_counts(request: Request) -> None:
+def _check_positive(request: Request) -> None:
+    """Raise `UserError` for a limit or an interval below 1."""
     for name in ("limit", "max_new_tokens", "save_every"):
         if (value := getattr(request, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
 
 
 def _as_text(value: Any) -> str:
+    """An option's value as `--set` reads it."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)

@@ -1,4 +1,4 @@
-"""One run from end to end: the plan, the runner, and a record whatever becomes of it."""
+"""One run from end to end: the plan, the runner, and a record, also of a run that fails."""
 
 from __future__ import annotations
 
@@ -19,34 +19,39 @@ from peftzoo.errors import UserError
 from peftzoo.measuring import counters
 from peftzoo.records import store
 from peftzoo.records.schema import Record
-from peftzoo.runs.plan import Plan, Request, resolved
+from peftzoo.runs.plan import Plan, Request, as_plan
 from peftzoo.runs.runner import Progress, Runner
 from peftzoo.training.loop import NonFinite
 
-Done = tuple[Record, Path, bool]
+RunResult = tuple[Record, Path, bool]
+"""(record, its file, whether the run was done now; False: it was on record already)."""
 
 
 def run(request: Request | Plan, out: Path, *, force: bool = False, progress: Progress | None = None,
-        tracker: Any = None, accelerator: Any = None, patience: float = -1) -> Done:  # fmt: skip
-    """Do one run. Returns the record, its file, and whether it was made now (False: it was there already).
+        tracker: Any = None, accelerator: Any = None, lock_timeout: float = -1) -> RunResult:  # fmt: skip
+    """Do one run, unless it is on record in the folder `out` and `force` is False.
 
-    A run that breaks down gives a record with status `failed`; Ctrl-C gives `cancelled` and is raised on.
-    While another program does the same run, this one waits; `Busy` after `patience` seconds (-1: never).
+    A run that fails is recorded with status `failed`. Ctrl-C is recorded as `cancelled` and raised again.
+    Raises `UserError` for a mistake in the request, without a record. While another program does the same
+    run, this one waits; it raises `Busy` after `lock_timeout` seconds (-1: no limit).
     """
-    on_progress, plan = progress or (lambda *_: None), resolved(request)
+    on_progress, plan = progress or (lambda *_: None), as_plan(request)
     record, accelerator = new_record(plan), accelerator or make_accelerator()
     on_progress("load", 0, 1, {})
-    with run_lock(out, record, patience) if accelerator.is_main_process else nullcontext():
-        accelerator.wait_for_everyone()  # the others look when the main process may write
+    with run_lock(out, record, lock_timeout) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()  # the main process holds the lock before the others look
         target = store.path(out, record)
-        there = target.is_file() and not force
+        on_record = target.is_file() and not force
         accelerator.wait_for_everyone()  # no process writes before all have looked
-        if there:
+        if on_record:
             return store.read(target), target, False
-        return _do(Runner(plan, load_model(plan), record, out, on_progress, tracker, accelerator), force)
+        return _execute_and_record(
+            Runner(plan, load_model(plan), record, out, on_progress, tracker, accelerator), force
+        )
 
 
-def _do(runner: Runner, force: bool) -> Done:
+def _execute_and_record(runner: Runner, force: bool) -> RunResult:
+    """Execute the runner and write its record. Raises `UserError` and `KeyboardInterrupt` again."""
     out, record, accelerator = runner.out, runner.record, runner.accelerator
     outcomes: list[dict[str, Any]] = []
     try:
@@ -59,11 +64,11 @@ def _do(runner: Runner, force: bool) -> Done:
         record.status, record.reason = describe_failure(error)
         if isinstance(error, KeyboardInterrupt) or accelerator.num_processes > 1:
             _write(out, record, [], accelerator)
-            raise  # several processes: the others wait for this one, so the launcher has to end them
+            raise  # with several processes the others wait for this one: the launcher has to end them
     finally:
         runner.close()
         del runner
-        gc.collect()  # model and parts refer to each other: without this a sweep piles them up
+        gc.collect()  # model and parts refer to each other: without this their memory adds up in a sweep
     target = _write(out, record, outcomes, accelerator)
     if record.status == "ok" and accelerator.is_main_process:
         remove_checkpoints(out, record)
@@ -76,44 +81,46 @@ class Busy(Exception):
 
 
 @contextmanager
-def run_lock(out: Path, record: Record, patience: float) -> Iterator[None]:
-    """Hold the run's lock, which is free again however its holder ends, and remove what was half-written.
+def run_lock(out: Path, record: Record, lock_timeout: float) -> Iterator[None]:
+    """Inside the `with`, hold the lock of this run; partial files that a killed program left are removed.
 
-    Raises `Busy` when the lock is not free after `patience` seconds.
+    The operating system frees the lock if its holder is killed. Raises `Busy` if the lock is not free after
+    `lock_timeout` seconds (-1: wait without limit).
     """
-    place = out / store.LOCKS / f"{record.id}-s{record.seed}.lock"
-    place.parent.mkdir(parents=True, exist_ok=True)
+    lock_file = out / store.LOCKS / f"{record.id}-s{record.seed}.lock"
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(place, timeout=patience):
+        with FileLock(lock_file, timeout=lock_timeout):
             if store.path(out, record).is_file():
                 remove_checkpoints(out, record)
-            named = f".{place.stem}.*.tmp"
-            halves = [*store.path(out, record).parent.glob(named), *(out / "checkpoints").glob(named)]
-            for half in (*halves, *(out / "adapters" / place.stem).glob(".*.tmp")):
-                half.unlink(missing_ok=True)
+            pattern = f".{lock_file.stem}.*.tmp"
+            partial = [*store.path(out, record).parent.glob(pattern), *(out / "checkpoints").glob(pattern)]
+            for file in (*partial, *(out / "adapters" / lock_file.stem).glob(".*.tmp")):
+                file.unlink(missing_ok=True)
             yield
     except Timeout:
         raise Busy(record.name) from None
 
 
 def remove_checkpoints(out: Path, record: Record) -> None:
-    """Of a run on record, remove what it would have gone on from."""
-    for ending in (".safetensors", ".best.safetensors"):
-        (out / "checkpoints" / f"{record.id}-s{record.seed}{ending}").unlink(missing_ok=True)
+    """Remove the checkpoints of a run that is on record."""
+    for suffix in (".safetensors", ".best.safetensors"):
+        (out / "checkpoints" / f"{record.id}-s{record.seed}{suffix}").unlink(missing_ok=True)
 
 
 def record_failure(request: Request, out: Path, reason: str) -> tuple[Record, Path]:
-    """Record a run that broke off where it could not tell itself, unless it had just told its result."""
+    """Record as failed a run whose process could not do so itself, unless its record has been written."""
     record = new_record(Plan(request))
-    if (done := store.path(out, record)).is_file():
+    if (file := store.path(out, record)).is_file():
         with suppress(UserError):
-            return store.read(done), done
+            return store.read(file), file
     record.status, record.reason = "failed", reason
     store.supersede(out, record)
     return record, store.write(out, record)
 
 
 def _write(out: Path, record: Record, outcomes: list[dict[str, Any]], accelerator: Any) -> Path:
+    """Write the record on the main process; returns its file on every process."""
     if not accelerator.is_main_process:
         return store.path(out, record)
     store.supersede(out, record)
@@ -121,29 +128,30 @@ def _write(out: Path, record: Record, outcomes: list[dict[str, Any]], accelerato
 
 
 def describe_failure(error: BaseException) -> tuple[str, str]:
-    """Status and reason of a run that broke off; the reason names our innermost line, and no folder."""
+    """(status, reason) of a failed run; the reason names the innermost line of ours, and no folder."""
     if isinstance(error, KeyboardInterrupt):
         return "cancelled", "interrupted by the user"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     if isinstance(error, UserError):
-        return "failed", _plain(error)
-    return "failed", f"{type(error).__name__}: {_plain(error)}{where}"
+        return "failed", _one_line(error)
+    return "failed", f"{type(error).__name__}: {_one_line(error)}{where}"
 
 
-def _plain(error: BaseException) -> str:
-    """The message in one line, without folders of this machine."""
+def _one_line(error: BaseException) -> str:
+    """The message in one line of at most 300 characters, without folders of this machine."""
     return re.sub(r"(?<![\w.])(?:/[^\s/:'\"]+)+/", "", " ".join(str(error).split()))[:300]
 
 
 def load_model(plan: Plan) -> models.Loaded:
+    """Load the plan's model and tokenizer, with the head that its tasks need."""
     r, spec = plan.request, plan.head
     head = models.Head(spec.kind, max(len(spec.labels), 1)) if spec else None
     return models.load(r.model, head=head, seed=r.seed, trust_remote_code=r.trust_remote_code)
 
 
 def new_record(plan: Plan) -> Record:
-    """The record of a run as it begins."""
+    """The record of a run that begins: its identity and settings, no results, status `ok`."""
     r, task_group, model = plan.request, plan.task_group, plan.model
     return Record(
         measure_version=counters.MEASURE_VERSION,
@@ -163,10 +171,10 @@ def new_record(plan: Plan) -> Record:
 
 
 def make_accelerator() -> Any:
-    """One process or, under `accelerate launch`, several; precision is the loop's own matter."""
+    """An `Accelerator` for one process or, under `accelerate launch`, several; the loop does the autocast."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one process scores
-    plain = DistributedDataParallelKwargs(broadcast_buffers=False)  # made from the seed: equal everywhere
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one process scores
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # made from the seed: equal everywhere
     cpu = not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patience, plain])
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[group, ddp])

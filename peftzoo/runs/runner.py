@@ -1,4 +1,4 @@
-"""The steps of one run, each filling its part of the record: attach, train, save, score, measure."""
+"""The steps of one run, each of which fills fields of the record: attach, train, save, score, measure."""
 
 from __future__ import annotations
 
@@ -26,15 +26,21 @@ from peftzoo.training.gradient_free import GradientFreeLoop
 from peftzoo.training.loop import Loop, NonFinite, TrainingStats
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
-"""progress(stage, done, total, values): stage is `load`, `train` or `score`."""
+"""on_progress(stage, done, total, values): stage is `load`, `train` or `score`.
+
+`values` holds `loss` and `tokens_per_second` in training, `runs` in a pack, else nothing.
+"""
 
 
-CHECK_ROWS = 64
-"""Rows on which a merged adapter is scored unmerged too."""
+UNMERGED_ROWS = 64
+"""Rows, of all tasks together, on which a merged adapter is scored unmerged too."""
 
 
 class Runner:
-    """One run under way."""
+    """One run: trains and scores the plan on the loaded model and fills `record`.
+
+    Adapters and checkpoints are written below the folder `out`. `tracker` (`trackers.Tracker`) may be None.
+    """
 
     def __init__(self, plan: Plan, loaded: models.Loaded, record: Record, out: Path, on_progress: Progress,
                  tracker: Any, accelerator: Any) -> None:  # fmt: skip
@@ -49,7 +55,11 @@ class Runner:
         self.uses_prompts = loaded.causal or plan.view != "head"
 
     def execute(self, fresh: bool) -> list[dict[str, Any]]:
-        """Train, save, score; only the main process saves and scores. `fresh`: not from a checkpoint."""
+        """Train, save and score; returns the outcomes per row (`finish`).
+
+        Only the main process saves and scores. With `fresh`, checkpoints are removed before training. Raises
+        `NonFinite` if the loss or the gradient is not finite; the record then has the losses until there.
+        """
         loop = self.prepare(fresh)
         try:
             self.record_training(loop.run())
@@ -59,13 +69,17 @@ class Runner:
         return self.finish()
 
     def prepare(self, fresh: bool, install: bool = True) -> Loop:
-        """Attach the method and get its training ready; `install=False` leaves the model as it is."""
+        """Prune the model, attach the method and return its training loop.
+
+        With `install=False` the handle is not installed on the model. Sets `attached`, `checkpoint`,
+        `best_file` and `best`.
+        """
         plan, r, accelerator = self.plan, self.plan.request, self.accelerator
         tokenizer = self.loaded.tokenizer
         examples, model = self.train_examples(), self.loaded.model.to(self.accelerator.device)
         if plan.pruning:
-            share = pruning.prune(model, plan.pruning, lambda: self.sample_batches(examples))
-            self.record.sparsity["pruned"] = round(share, 6)
+            sparsity = pruning.prune(model, plan.pruning, lambda: self.sample_batches(examples))
+            self.record.sparsity["pruned"] = round(sparsity, 6)
         self.measure_retention("base_loss")
         self.attached = attached = attach(
             model, plan.new_adapter(), seed=r.seed, tokenizer=tokenizer, install=install,
@@ -95,10 +109,10 @@ class Runner:
             eval_at=eval_at, on_eval=self.best,
         )  # fmt: skip
 
-    def finish(self, shared: dict[str, evaluation.Scores] | None = None) -> list[dict[str, Any]]:
-        """Save and score what was trained; the per-row outcomes, on the main process.
+    def finish(self, pack_scores: dict[str, evaluation.Scores] | None = None) -> list[dict[str, Any]]:
+        """Save the trained adapter and score it. Returns the outcomes per row, [] beside the main process.
 
-        `shared`: the scores on all rows, where they are known from scoring in a pack.
+        `pack_scores`: by task, the unmerged scores on all rows, if the run was scored in a pack.
         """
         outcomes, record, best = [], self.record, self.best
         if self.accelerator.is_main_process:
@@ -107,25 +121,25 @@ class Runner:
                 record.chosen = {"step": best.chosen, "scores": {str(k): v for k, v in best.scores.items()}}
             folder = self.out / "adapters" / f"{record.id}-s{record.seed}"
             record.adapter_bytes = saving.save(self.attached, folder, **self.adapter_card())
-            outcomes = self.score(self.attached, self.accelerator.device, shared)
+            outcomes = self.score(self.attached, self.accelerator.device, pack_scores)
             self.measure_retention("loss")
         self.accelerator.free_memory()
         return outcomes
 
     def remove_checkpoints(self) -> None:
-        """Remove what an interrupted run would go on from."""
+        """Remove the checkpoints, from which an interrupted run would resume."""
         self.checkpoint.unlink(missing_ok=True)
         self.best_file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End the tracked curve, whatever became of the run."""
+        """End the tracked run with its status and score; also after a failure."""
         if self.tracker:
             r = self.record
             value = r.result.value if r.result else None
             self.tracker.finish({"status": r.status, "score": value, "trainable_params": r.trainable_params})
 
     def adapter_card(self) -> dict[str, Any]:
-        """What a saved adapter says of the run it comes from."""
+        """Fields of the saved adapter's `adapter.json` that describe this run."""
         facts = {
             "model": self.loaded.name,
             "task": self.plan.task_group.name,
@@ -133,16 +147,18 @@ class Runner:
         }
         return facts | ({"target": asdict(self.scale)} if self.plan.view == "head" else {})
 
-    def on_step(self, step: int, total: int, loss: float, rate: float) -> None:
-        self.on_progress("train", step, total, {"loss": loss, "tokens_per_second": rate})
+    def on_step(self, step: int, total: int, loss: float, tokens_per_second: float) -> None:
+        """Report a training step to the progress callback and the tracker."""
+        values = {"loss": loss, "tokens_per_second": tokens_per_second}
+        self.on_progress("train", step, total, values)
         if self.tracker:
-            self.tracker.log(step, {"loss": loss, "tokens_per_second": rate})
+            self.tracker.log(step, values)
 
     # -- examples -----------------------------------------------------------------------------------
 
     @cached_property
     def scale(self) -> evaluation.TargetScale:
-        """Mean and spread of the training rows' targets, for a regression head."""
+        """Mean and standard deviation of the training targets for a regression head; else 0 and 1."""
         spec, train_sets = self.plan.head, self.plan.data.train_sets
         if spec.kind == "classification" or not train_sets:
             return evaluation.TargetScale()
@@ -151,37 +167,37 @@ class Runner:
         return evaluation.TargetScale(float(targets.mean()), float(targets.std(correction=0)) or 1.0)
 
     def train_examples(self) -> batches.LazyExamples:
-        """The examples to train on, of all lessons in turn."""
-        found: list[Any] = []
+        """The examples of all train sets, one set after another."""
+        entries: list[Any] = []
         for train_set in self.plan.data.train_sets:
-            make = self.example_maker(train_set.task, train_set.rows, train_set.fewshot)
-            found += [(make, train_set.rows, i) for i in range(len(train_set.rows))]
-        return batches.LazyExamples(found, lambda place: place[0](place[1][place[2]]))
+            make_example = self.example_maker(train_set.task, train_set.rows, train_set.fewshot)
+            entries += [(make_example, train_set.rows, i) for i in range(len(train_set.rows))]
+        return batches.LazyExamples(entries, lambda entry: entry[0](entry[1][entry[2]]))
 
     def example_maker(
         self, task: Task, rows: Any, fewshot: Any
     ) -> Callable[[dict[str, Any]], batches.Example]:
-        """What makes an example of one of these rows; `shown`: rows that its prompt shows."""
+        """A function from a row of `rows` to its example; few-shot prompts show rows of `fewshot`."""
         if self.plan.view == "head":
             prompts = evaluation.harness_task(task, sources.Rows(None, rows)) if self.uses_prompts else None
             return lambda row: self.head_example(row, task, prompts)
         return self.text_example_maker(task, rows, fewshot, self.plan.train_config.train_on_prompt)
 
     def text_example_maker(
-        self, task: Task, rows: Any, fewshot: Any, whole: bool
+        self, task: Task, rows: Any, fewshot: Any, loss_on_prompt: bool
     ) -> Callable[[dict[str, Any]], batches.Example]:
-        """Of a row's prompt and answer; `whole`: the loss falls on both."""
+        """A function from a row to the example of its prompt and answer, for a causal model."""
         lm_task = evaluation.harness_task(task, sources.Rows(None, rows, fewshot=fewshot))
-        tokenizer, longest = self.loaded.tokenizer, self.plan.train_config.max_length
+        tokenizer, max_length = self.loaded.tokenizer, self.plan.train_config.max_length
 
-        def make(row: dict[str, Any]) -> batches.Example:
+        def make_example(row: dict[str, Any]) -> batches.Example:
             prompt, answer = evaluation.prompt_and_answer(lm_task, row)
-            return batches.language_example(tokenizer, prompt, answer, longest, whole)
+            return batches.language_example(tokenizer, prompt, answer, max_length, loss_on_prompt)
 
-        return make
+        return make_example
 
     def head_example(self, row: dict[str, Any], task: Task, prompts: Any) -> batches.Example:
-        """Encoders read the text columns as a pair; causal models read the task's prompt."""
+        """An example for a head: encoders read the text columns as a pair, causal models the prompt."""
         spec = task.extra.head
         texts = (prompts.doc_to_text(row),) if prompts else tuple(str(row[c]) for c in spec.text)
         if spec.kind == "classification":
@@ -190,16 +206,17 @@ class Runner:
             target = (float(row[spec.label]) - self.scale.mean) / self.scale.spread
         return batches.head_example(self.loaded.tokenizer, texts, target, self.plan.train_config.max_length)
 
-    def sample_batches(self, examples: Any, size: int = 8) -> Any:
-        """Batches for methods that look at data before training, in the run's own order."""
+    def sample_batches(self, examples: Any, batch_size: int = 8) -> Any:
+        """Yield training batches, (B, T), in seeded order, for pruning and for initialisation from data."""
         device, pad = next(self.loaded.model.parameters()).device, self.loaded.tokenizer.pad_token_id
-        steps = max(len(examples) // size, 1)
-        for rows in batches.plan([0] * len(examples), steps, size, self.plan.request.seed):
+        steps = max(len(examples) // batch_size, 1)
+        for rows in batches.plan([0] * len(examples), steps, batch_size, self.plan.request.seed):
             yield {k: t.to(device) for k, t in batches.collate([examples[i] for i in rows], pad).items()}
 
     # -- filling the record -------------------------------------------------------------------------
 
     def record_counts(self, attached: Attached) -> None:
+        """Fill in the numbers of trained, stored and total parameters."""
         record = self.record
         record.trainable_params = attached.trainable_count()
         record.head_params = attached.head_count()
@@ -207,49 +224,54 @@ class Runner:
         record.stored_params = sum(t.numel() for n, t in attached.state_dict().items() if n not in head)
         record.total_params = sum(p.numel() for p in attached.model.parameters())
 
-    def record_training(self, done: TrainingStats) -> None:
-        record, seconds = self.record, sum(done.step_seconds)
-        record.final_loss = round(sum(done.losses[-10:]) / len(done.losses[-10:]), 6) if done.losses else None
-        record.loss_curve = counters.curve(done.losses)
-        record.micro_batch, record.out_of_memory_halvings = done.micro_batch, done.halved
-        record.resumed_at, record.memory = done.resumed_at, done.memory
-        if done.memory.get("weights"):
-            parts = ("weights", "gradients", "optimizer", "saved_for_backward")
-            record.memory["computed_total"] = sum(done.memory.get(p) or 0 for p in parts)
-        record.step_time = counters.quantiles(done.step_seconds)
-        record.tokens_per_second = round(done.counted_tokens / seconds, 1) if seconds else None
-        record.train_seconds = None if done.seconds is None else round(done.seconds, 3)
-        record.energy_joules = done.energy_joules
+    def record_training(self, stats: TrainingStats) -> None:
+        """Fill in losses, times, memory and energy of the training."""
+        record, seconds = self.record, sum(stats.step_seconds)
+        record.final_loss = (
+            round(sum(stats.losses[-10:]) / len(stats.losses[-10:]), 6) if stats.losses else None
+        )
+        record.loss_curve = counters.curve(stats.losses)
+        record.micro_batch, record.out_of_memory_halvings = stats.micro_batch, stats.halved
+        record.resumed_at, record.memory = stats.resumed_at, stats.memory
+        if stats.memory.get("weights"):
+            summands = ("weights", "gradients", "optimizer", "saved_for_backward")
+            record.memory["computed_total"] = sum(stats.memory.get(s) or 0 for s in summands)
+        record.step_time = counters.quantiles(stats.step_seconds)
+        record.tokens_per_second = round(stats.counted_tokens / seconds, 1) if seconds else None
+        record.train_seconds = None if stats.seconds is None else round(stats.seconds, 3)
+        record.energy_joules = stats.energy_joules
 
     def measure_retention(self, key: str) -> None:
-        """The loss on general text, as the model stands."""
-        part = self.plan.general
-        if not part:
+        """Fill in `retention[key]`: the loss of the model in its present state on text of that task."""
+        eval_set = self.plan.retention_set
+        if not eval_set:
             return
-        make = self.text_example_maker(part.task, part.rows.test, part.rows.fewshot, whole=True)
+        rows, fewshot = eval_set.rows.test, eval_set.rows.fewshot
+        make_example = self.text_example_maker(eval_set.task, rows, fewshot, loss_on_prompt=True)
         with self.autocast():
-            found, tokens = retention.loss(
-                self.loaded.model, [make(row) for row in part.rows.test], self.loaded.tokenizer.pad_token_id
+            loss, tokens = retention.loss(
+                self.loaded.model, [make_example(row) for row in rows], self.loaded.tokenizer.pad_token_id
             )
-        facts = {"task": part.name, "rows": len(part.rows.test), "tokens": tokens, key: round(found, 6)}
+        facts = {"task": eval_set.name, "rows": len(rows), "tokens": tokens, key: round(loss, 6)}
         self.record.retention = (self.record.retention or {}) | facts
 
     def autocast(self) -> Any:
-        kind, on = (
-            next(self.loaded.model.parameters()).device.type,
-            self.plan.train_config.precision == "bf16",
-        )
-        return torch.autocast(kind, torch.bfloat16, enabled=on)
+        """The context manager of the run's precision."""
+        device = next(self.loaded.model.parameters()).device
+        enabled = self.plan.train_config.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
     def score(self, attached: Attached, device: torch.device,
-              shared: dict[str, evaluation.Scores] | None) -> list[dict[str, Any]]:  # fmt: skip
-        """Merged where that is possible, and unmerged on the first rows only; else unmerged on all.
+              pack_scores: dict[str, evaluation.Scores] | None) -> list[dict[str, Any]]:  # fmt: skip
+        """Score the model and measure its latency. Returns the outcomes per row of the reported score.
 
-        With `shared`, which is unmerged on all rows, it is the merged one that is on the first rows only.
+        An adapter that can be merged is scored merged on all rows, and unmerged on the first rows only; any
+        other is scored unmerged on all rows. With `pack_scores`, which are unmerged scores on all rows, the
+        merged model is scored on the first rows only.
         """
-        record, whole = self.record, {p.name: p.rows.test for p in self.plan.eval_sets}
-        few = -(-CHECK_ROWS // len(whole))
-        first = {name: rows.select(range(min(few, len(rows)))) for name, rows in whole.items()}
+        record, all_rows = self.record, {e.name: e.rows.test for e in self.plan.eval_sets}
+        few = -(-UNMERGED_ROWS // len(all_rows))
+        first_rows = {name: rows.select(range(min(few, len(rows)))) for name, rows in all_rows.items()}
         merge = attached.adapter.mergeable and bool(attached.sites)
         self.on_progress("score", 0, 1 + merge, {})
         self.loaded.model.eval()
@@ -259,81 +281,90 @@ class Runner:
                 with attached.merged():
                     if self.plan.pruning:
                         record.sparsity["merged"] = round(pruning.sparsity(self.loaded.model), 6)
-                    found, outcomes = self.measured(first if shared else whole, device)
-                    record.merged_score, record.merged_latency = found, self.latency(device)
+                    merged_rows = first_rows if pack_scores else all_rows
+                    score, outcomes = self.score_with_memory(merged_rows, device)
+                    record.merged_score, record.merged_latency = score, self.latency(device)
             except UserError as error:  # two layers that share one weight
                 record.reason = f"not scored merged: {error}"
             self.on_progress("score", 1, 2, {})
-        if shared:
-            record.score = self.as_score(shared)
-            outcomes = self.outcome_rows(shared) if record.result is record.score else outcomes
+        if pack_scores:
+            record.score = self.to_score(pack_scores)
+            outcomes = self.outcome_rows(pack_scores) if record.result is record.score else outcomes
         elif outcomes is None:
-            record.score, outcomes = self.measured(whole, device)
+            record.score, outcomes = self.score_with_memory(all_rows, device)
         else:
-            record.score = self.as_score(self.scores(first))
+            record.score = self.to_score(self.scores(first_rows))
         record.latency = self.latency(device)
         self.on_progress("score", 1 + merge, 1 + merge, {})
         return outcomes
 
-    def measured(self, rows: dict[str, Any], device: torch.device) -> tuple[Score, list[dict[str, Any]]]:
-        """The score and the outcomes, and what it took of memory, for the record."""
+    def score_with_memory(
+        self, rows: dict[str, Any], device: torch.device
+    ) -> tuple[Score, list[dict[str, Any]]]:
+        """The score on these rows of each task, and the outcomes per row; fills in the peak memory."""
         with counters.PeakMemory(device) as peak:
-            found = self.scores(rows)
+            task_scores = self.scores(rows)
         self.record.inference_memory = peak.bytes
-        return self.as_score(found), self.outcome_rows(found)
+        return self.to_score(task_scores), self.outcome_rows(task_scores)
 
-    def outcome_rows(self, found: dict[str, evaluation.Scores]) -> list[dict[str, Any]]:
-        """Outcomes of all rows, which name their task where there are several."""
-        several = len(found) > 1
-        return [({"task": n} if several else {}) | o for n, s in found.items() for o in s.outcomes]
+    def outcome_rows(self, task_scores: dict[str, evaluation.Scores]) -> list[dict[str, Any]]:
+        """The outcomes of all rows; with several tasks, each names its task."""
+        several = len(task_scores) > 1
+        return [
+            ({"task": name} if several else {}) | outcome
+            for name, scores in task_scores.items()
+            for outcome in scores.outcomes
+        ]
 
     def selection_score(self, device: torch.device) -> float | None:
-        """The score on the rows by which a state is chosen."""
-        return self.as_score(self.scores({p.name: p.selection_rows for p in self.plan.eval_sets})).value
+        """The score on the rows by which the best checkpoint is selected (`selection.BestCheckpoint`)."""
+        return self.to_score(self.scores({e.name: e.selection_rows for e in self.plan.eval_sets})).value
 
     def scores(self, rows: dict[str, Any]) -> dict[str, evaluation.Scores]:
-        """Of the model as it stands, on these rows of each task."""
-        return {p.name: self.eval_set_scores(p, rows[p.name]) for p in self.plan.eval_sets}
+        """The scores of the model in its present state, by task, on these rows of each task."""
+        return {e.name: self.eval_set_scores(e, rows[e.name]) for e in self.plan.eval_sets}
 
-    def eval_set_scores(self, part: EvalSet, rows: Any) -> evaluation.Scores:
-        plan, loaded, extra = self.plan, self.loaded, part.task.extra
-        size = plan.request.eval_batch
+    def eval_set_scores(self, eval_set: EvalSet, rows: Any) -> evaluation.Scores:
+        """The scores of the model in its present state on these rows of one task."""
+        plan, loaded, extra = self.plan, self.loaded, eval_set.task.extra
+        batch_size = plan.request.eval_batch
         if plan.view != "head":
-            given = replace(part.rows, test=rows)
-            lm_task = evaluation.harness_task(part.task, given, plan.max_new_tokens)
-            return evaluation.score_language(
-                loaded.model, loaded.tokenizer, lm_task, size, plan.train_config.precision, extra.metric
+            lm_task = evaluation.harness_task(
+                eval_set.task, replace(eval_set.rows, test=rows), plan.max_new_tokens
             )
-        make, pad = self.example_maker(part.task, rows, None), loaded.tokenizer.pad_token_id
-        names = [extra.metric, *extra.also]
+            return evaluation.score_language(
+                loaded.model, loaded.tokenizer, lm_task, batch_size, plan.train_config.precision, extra.metric
+            )
+        make_example, pad = self.example_maker(eval_set.task, rows, None), loaded.tokenizer.pad_token_id
+        metric_names = [extra.metric, *extra.also]
         with self.autocast():
-            examples = [make(row) for row in rows]
+            examples = [make_example(row) for row in rows]
             return evaluation.score_head(
-                loaded.model, examples, names, extra.head.kind, self.scale, pad, size
+                loaded.model, examples, metric_names, extra.head.kind, self.scale, pad, batch_size
             )
 
-    def as_score(self, found: dict[str, evaluation.Scores]) -> Score:
-        """One task's score; of several, the plain mean of their main metrics, which stand beside it."""
-        parts = {}
-        for part in self.plan.eval_sets:
-            s, metric = found[part.name], part.task.extra.metric
-            parts[part.name] = Score(
+    def to_score(self, task_scores: dict[str, evaluation.Scores]) -> Score:
+        """The score for the record: that of the task or, of several tasks, the mean of their main metrics."""
+        by_task = {}
+        for eval_set in self.plan.eval_sets:
+            s, metric = task_scores[eval_set.name], eval_set.task.extra.metric
+            by_task[eval_set.name] = Score(
                 metric=metric, value=s.metrics[metric], stderr=s.stderr.get(metric), rows=s.rows,
                 unparsed=s.unparsed, others={k: v for k, v in s.metrics.items() if k != metric},
                 seconds=round(s.seconds, 3),
             )  # fmt: skip
-        return mean(parts) if len(self.plan.task_group.tasks) > 1 else next(iter(parts.values()))
+        return mean(by_task) if len(self.plan.task_group.tasks) > 1 else next(iter(by_task.values()))
 
     def latency(self, device: torch.device) -> dict[str, float]:
-        """On the first scored row's own prompt."""
-        part = self.plan.eval_sets[0]
-        row = part.rows.test[0]
+        """Milliseconds of generation, or with a head of a forward pass, on the first scored prompt."""
+        eval_set = self.plan.eval_sets[0]
+        row = eval_set.rows.test[0]
         with self.autocast():
             if self.plan.view == "head":
-                ids = torch.tensor(
-                    [self.example_maker(part.task, part.rows.test, None)(row).ids], device=device
-                )
+                make_example = self.example_maker(eval_set.task, eval_set.rows.test, None)
+                ids = torch.tensor([make_example(row).ids], device=device)
                 return counters.forward_latency(self.loaded.model, ids)
-            prompt, _ = evaluation.prompt_and_answer(evaluation.harness_task(part.task, part.rows), row)
+            lm_task = evaluation.harness_task(eval_set.task, eval_set.rows)
+            prompt, _ = evaluation.prompt_and_answer(lm_task, row)
             ids = self.loaded.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
             return counters.generation_latency(self.loaded.model, ids)

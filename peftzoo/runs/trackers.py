@@ -1,4 +1,4 @@
-"""Trackers: where a run's curve goes while it trains. One small interface; more trackers join here."""
+"""Experiment trackers, to which a run sends its loss while it trains; `TRACKERS` lists them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from peftzoo.errors import UserError, unknown
 
 
 class Tracker:
-    """Does nothing; the base of the others."""
+    """The interface of a tracker; this one does nothing."""
 
-    def start(self, name: str, config: dict[str, Any]) -> None: ...
+    def start(self, name: str, config: dict[str, Any]) -> None:
+        """Begin to track the run `name` with these settings."""
 
-    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Add the values of a training step to the curves."""
 
-    def finish(self, summary: dict[str, Any]) -> None: ...
+    def finish(self, summary: dict[str, Any]) -> None:
+        """End the run with its final values; called after `start` failed, too."""
 
 
 class Wandb(Tracker):
@@ -48,7 +51,7 @@ class Wandb(Tracker):
 
 
 class Trackio(Tracker):
-    """Trackio: curves in a folder of this machine (`TRACKIO_DIR`), shown by `trackio show`."""
+    """Trackio: curves in a local folder (`TRACKIO_DIR`), displayed by the command `trackio show`."""
 
     run: Any = None
 
@@ -57,9 +60,9 @@ class Trackio(Tracker):
             import trackio
         except ImportError:
             raise UserError('trackio is not installed: pip install "peftzoo[trackio]"') from None
-        alone = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-        with redirect_stdout(io.StringIO()):  # it tells where it writes, and how to look at it
-            self.run = trackio.init(project="peftzoo", name=name, config=config, **alone)
+        options = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        with redirect_stdout(io.StringIO()):  # it prints where it writes
+            self.run = trackio.init(project="peftzoo", name=name, config=config, **options)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -76,7 +79,8 @@ class Trackio(Tracker):
 TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "wandb": Wandb, "trackio": Trackio}
 
 
-def tracker(name: str) -> Tracker:
+def make_tracker(name: str) -> Tracker:
+    """A new tracker by its name in `TRACKERS`. Raises `UserError` for any other name."""
     if name not in TRACKERS:
         raise unknown("tracker", name, TRACKERS)
     return TRACKERS[name]()

@@ -1,4 +1,4 @@
-"""Where runs are done: in worker processes of this machine, or as tasks of a Ray cluster."""
+"""Jobs, their results, and the executor that runs them in worker processes of this machine."""
 
 from __future__ import annotations
 
@@ -15,80 +15,86 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch counts its threads when it is imported, which is after a worker was told how many
+if TYPE_CHECKING:  # imported later: a worker sets the number of threads before it imports torch
     from peftzoo.records.schema import Record
     from peftzoo.runs.plan import Request
 
 ProgressCallback = Callable[[int, "Job", str, int, int, dict[str, float]], None]
-"""follow(worker, job, stage, done, total, values), as `work.Progress`."""
+"""on_progress(worker, job, stage, done, total, values); the last four as in `runner.Progress`."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be done, or several in packs. `patience`: seconds to wait while another program does it."""
+    """One run, or several runs of one model and task in packs, for a worker to do."""
 
     number: int
     request: Request
     out: Path
-    patience: float = 0
-    tries: int = 0
+    """Folder for records, checkpoints and adapters."""
+    lock_timeout: float = 0
+    """Seconds to wait while another program does the run."""
+    attempts: int = 0
+    """How often the job was begun before."""
     companions: tuple[Request, ...] = ()
-    """Runs of the same model and task that are done with it, in packs as `pack` says."""
+    """Other runs of the same model and task, done together with `request` in packs."""
     pack: tuple[int | None, int | None] = (1, None)
-    """Runs in a pack, at most, and bytes that they may take."""
+    """Size of a pack, as `packs.parse_pack_size` returns it: most runs, or most bytes."""
     jobs_per_device: int = 1
-    """Jobs that share the device, and its memory."""
+    """Jobs that run on one device at once and share its memory."""
 
     @property
     def requests(self) -> tuple[Request, ...]:
+        """All runs of the job, `request` first."""
         return (self.request, *self.companions)
 
 
 @dataclass
-class Done:
-    """What became of a job: a record, or that another program does it, or that its worker died.
-
-    `others`: records of its mates, and whether they are new.
-    """
+class JobResult:
+    """The result of a job: its record, or `busy`, or `died`."""
 
     job: Job
     record: Record | None = None
+    """The record of `job.request`."""
     new: bool = True
-    others: list[tuple[Record | None, bool]] = field(default_factory=list)
+    """Whether the run was done now; False: it was on record already."""
+    companion_results: list[tuple[Record | None, bool]] = field(default_factory=list)
+    """Record and `new` of each companion."""
     busy: bool = False
-    died: str | None = None
+    """Whether another program is doing the run."""
+    failure: str | None = None
+    """Why there is no record, such as the signal that ended the worker."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """Files of the run, by their place in the results folder, where the worker has another folder."""
+    """The run's files by path relative to `job.out`, from a worker that does not see this folder."""
 
 
-def execute(job: Job, on_progress: Callable[..., None] | None = None) -> Done:
-    """Do the run in this process; whatever breaks becomes a record with status `failed`."""
+def execute(job: Job, on_progress: Callable[..., None] | None = None) -> JobResult:
+    """Do the job in this process; a run that raises is recorded with status `failed`."""
     from peftzoo.runs.run import Busy, describe_failure, record_failure, run
 
     if job.companions:
-        return _together(job, on_progress)
+        return _execute_in_packs(job, on_progress)
     try:
-        record, _, new = run(job.request, job.out, progress=on_progress, patience=job.patience)
+        record, _, new = run(job.request, job.out, progress=on_progress, lock_timeout=job.lock_timeout)
     except Busy:
-        return Done(job, busy=True)
+        return JobResult(job, busy=True)
     except Exception as error:
         reason = describe_failure(error)[1]
         try:
             record, new = record_failure(job.request, job.out, reason)[0], True
-        except Exception:  # not even its name can be made
-            return Done(job, died=reason)
-    if job.request.hold_out:  # nobody asks for a trial's adapter
+        except Exception:  # the request cannot be resolved, so its record has no name
+            return JobResult(job, failure=reason)
+    if job.request.hold_out:  # the adapter of a trial is not needed
         shutil.rmtree(job.out / "adapters" / f"{record.id}-s{record.seed}", ignore_errors=True)
-    return Done(job, record, new)
+    return JobResult(job, record, new)
 
 
-def _together(job: Job, on_progress: Callable[..., None] | None) -> Done:
-    """Do a job's runs in packs; where that breaks down, one by one."""
+def _execute_in_packs(job: Job, on_progress: Callable[..., None] | None) -> JobResult:
+    """Do a job's runs in packs, or one by one if that fails."""
     from peftzoo.runs.packs import run_packs
 
     size, memory_budget = job.pack
     try:
-        done = run_packs(
+        results = run_packs(
             [*job.requests],
             job.out,
             size=size,
@@ -96,64 +102,73 @@ def _together(job: Job, on_progress: Callable[..., None] | None) -> Done:
             progress=on_progress,
             jobs_per_device=job.jobs_per_device,
         )
-        found = [(record, new) for record, _, new in done]
+        records = [(record, new) for record, _, new in results]
     except Exception:
-        each = [
-            execute(replace(job, request=r, companions=(), patience=-1), on_progress) for r in job.requests
+        single_results = [
+            execute(replace(job, request=r, companions=(), lock_timeout=-1), on_progress)
+            for r in job.requests
         ]
-        found = [(done.record, done.new) for done in each]
-    return Done(job, *found[0], found[1:])
+        records = [(result.record, result.new) for result in single_results]
+    return JobResult(job, *records[0], records[1:])
 
 
-def cores() -> int:
-    """Cores that this process may use."""
+def available_cores() -> int:
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` takes them."""
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as entries of `CUDA_VISIBLE_DEVICES`."""
     import torch
 
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = setting.split(",") if setting else [str(i) for i in range(torch.cuda.device_count())]
     return names[: torch.cuda.device_count()]
 
 
-def workers(devices: list[str]) -> int:
-    """How many by default: one for each GPU, else one for every four cores."""
-    return len(devices) or max(cores() // 4, 1)
+def default_worker_count(devices: list[str]) -> int:
+    """Workers by default: one per GPU, or without a GPU one per four cores."""
+    return len(devices) or max(available_cores() // 4, 1)
 
 
 class _Worker:
-    """A process that does one job at a time, and ends with its parent."""
+    """A process that does one job at a time, and ends with its parent.
 
-    def __init__(self, number: int, threads: int, device: str | None, plugins: list[str], start: str) -> None:
+    `plugins` are files to load, `start_method` is one of `multiprocessing`.
+    """
+
+    def __init__(
+        self, number: int, threads: int, device: str | None, plugins: list[str], start_method: str
+    ) -> None:
         self.number, self.job = number, None
-        context = multiprocessing.get_context(start)
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, threads, plugins), daemon=True)
-        wanted = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-        before = {k: os.environ.get(k) for k in wanted}
-        os.environ.update(wanted)
-        heeding = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker inherits it: Ctrl-C is ours
+        context = multiprocessing.get_context(start_method)
+        self.pipe, worker_pipe = context.Pipe()
+        self.process = context.Process(target=_worker_main, args=(worker_pipe, threads, plugins), daemon=True)
+        inherited = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+        before = {k: os.environ.get(k) for k in inherited}
+        os.environ.update(inherited)
+        # the worker inherits the handler: only the parent reacts to Ctrl-C
+        previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             self.process.start()
         finally:
-            signal.signal(signal.SIGINT, heeding)
+            signal.signal(signal.SIGINT, previous_handler)
             for key, value in before.items():
                 os.environ.pop(key) if value is None else os.environ.update({key: value})
-        theirs.close()
+        worker_pipe.close()
 
-    def give(self, job: Job) -> None:
+    def start_job(self, job: Job) -> None:
+        """Send a job to the idle worker. Raises `OSError` if the process is dead."""
         self.job = job
         self.pipe.send(job)
 
-    def leave(self) -> None:
-        """Tell an idle worker that there is nothing more to do."""
+    def dismiss(self) -> None:
+        """Tell an idle worker to exit."""
         with suppress(OSError):
             self.pipe.send(None)
 
-    def end(self, grace: float) -> None:
+    def stop(self, grace: float) -> None:
+        """Terminate the process if it is at work; kill it if it has not ended after `grace` seconds."""
         if self.process.is_alive() and self.job is not None:
             self.process.terminate()
         self.process.join(grace)
@@ -163,11 +178,14 @@ class _Worker:
         self.pipe.close()
 
 
-def _serve(pipe: Any, threads: int, plugins: list[str]) -> None:
-    """What a worker process does. Ctrl-C is its parent's to handle, who then ends it as Ctrl-C would."""
-    signal.signal(signal.SIGTERM, _interrupt)
+def _worker_main(pipe: Any, threads: int, plugins: list[str]) -> None:
+    """The main function of a worker process.
+
+    It ignores Ctrl-C. The parent sends SIGTERM instead, which is raised here as `KeyboardInterrupt`.
+    """
+    signal.signal(signal.SIGTERM, _raise_interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.dup2(2, 1)  # what libraries print must not mix with the sweep's own output
+    os.dup2(2, 1)  # libraries print to standard error, which keeps the JSON apart
     try:
         import torch
 
@@ -179,108 +197,123 @@ def _serve(pipe: Any, threads: int, plugins: list[str]) -> None:
         while True:
             if (job := pipe.recv()) is None:
                 return
-            done = execute(job, lambda *news: _send(pipe, news))
-            _send(pipe, done)
+            result = execute(job, lambda *progress: _send(pipe, progress))
+            _send(pipe, result)
     except (KeyboardInterrupt, EOFError):
-        os._exit(0)  # the record says what was cancelled
+        os._exit(0)  # the run is recorded as cancelled
 
 
-def _send(pipe: Any, what: Any) -> None:
+def _send(pipe: Any, message: Any) -> None:
+    """Send a message to the parent; exit if it has ended."""
     try:
-        pipe.send(what)
-    except OSError:  # the parent is gone; a broken pipe must not be recorded as a broken run
+        pipe.send(message)
+    except OSError:  # the parent has ended, which must not be recorded as a failure of the run
         os._exit(1)
 
 
-def _interrupt(*_: object) -> None:
+def _raise_interrupt(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _end_with_parent() -> None:
+    """Wait for the parent process to end, then exit at once."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 class ProcessExecutor:
-    """Worker processes on this machine, with its cores or GPUs shared out."""
+    """Runs jobs in worker processes on this machine, among which its cores or GPUs are divided.
+
+    `count`: jobs at once, by default one per GPU, else one per four cores. `plugins`: files to load in each
+    worker. `start_method`: one of `multiprocessing`.
+    """
 
     def __init__(
-        self, count: int | None, plugins: list[str], follow: ProgressCallback, start: str = "spawn"
+        self,
+        count: int | None,
+        plugins: list[str],
+        on_progress: ProgressCallback,
+        start_method: str = "spawn",
     ) -> None:
-        devices = gpus()
-        self.count = count or workers(devices)
-        self.plugins, self.follow, self.start = plugins, follow, start
-        self.threads, self.devices = max(cores() // self.count, 1), devices
+        devices = visible_gpus()
+        self.count = count or default_worker_count(devices)
+        self.plugins, self.on_progress, self.start_method = plugins, on_progress, start_method
+        self.threads, self.devices = max(available_cores() // self.count, 1), devices
         self.jobs_per_device = -(-self.count // max(len(devices), 1))
         self.queue: deque[Job] = deque()
         self.workers: list[_Worker] = []
 
     def submit(self, job: Job) -> None:
+        """Queue a job; it starts within a call of `next_result`."""
         self.queue.append(job)
 
-    def next(self) -> Done:
-        """The next job that is done."""
+    def next_result(self) -> JobResult:
+        """Start queued jobs, wait for the next job that ends, and return its result."""
         while True:
-            self._share_out()
+            self._assign_jobs()
             ready = wait([w.pipe for w in self.workers] + [w.process.sentinel for w in self.workers])
             for worker in self.workers:
-                news = worker.pipe in ready or worker.process.sentinel in ready
-                if news and (done := self._hear(worker)):
-                    return done
+                is_ready = worker.pipe in ready or worker.process.sentinel in ready
+                if is_ready and (result := self._receive(worker)):
+                    return result
 
-    def _share_out(self) -> None:
+    def _assign_jobs(self) -> None:
+        """Give queued jobs to idle workers, and start workers up to `count`."""
         idle = [w for w in self.workers if w.job is None]
-        taken = {w.number for w in self.workers}
-        while self.queue and (idle or len(taken) < self.count):
+        numbers_in_use = {w.number for w in self.workers}
+        while self.queue and (idle or len(numbers_in_use) < self.count):
             if not idle:
-                number = min({*range(self.count)} - taken)
+                number = min({*range(self.count)} - numbers_in_use)
                 device = self.devices[number % len(self.devices)] if self.devices else None
-                idle.append(_Worker(number, self.threads, device, self.plugins, self.start))
+                idle.append(_Worker(number, self.threads, device, self.plugins, self.start_method))
                 self.workers.append(idle[0])
-                taken.add(number)
+                numbers_in_use.add(number)
             try:
-                idle[0].give(self.queue[0])
+                idle[0].start_job(self.queue[0])
                 self.queue.popleft()
-            except OSError:  # it died idle
-                self._bury(idle[0])
-                taken.discard(idle[0].number)
+            except OSError:  # the idle worker has died
+                self._remove_worker(idle[0])
+                numbers_in_use.discard(idle[0].number)
             idle.pop(0)
 
-    def _hear(self, worker: _Worker) -> Done | None:
+    def _receive(self, worker: _Worker) -> JobResult | None:
+        """Read the worker's messages: its result if there is one, or a failure if the process has ended."""
         try:
             while worker.pipe.poll():
-                news = worker.pipe.recv()
-                if isinstance(news, Done):
+                message = worker.pipe.recv()
+                if isinstance(message, JobResult):
                     worker.job = None
-                    return news
-                self.follow(worker.number, worker.job, *news)
+                    return message
+                self.on_progress(worker.number, worker.job, *message)
         except (EOFError, OSError):
             pass
         else:
             if worker.process.is_alive():
                 return None
         job = worker.job
-        self._bury(worker)
-        return Done(job, died=_death(worker.process.exitcode)) if job else None
+        self._remove_worker(worker)
+        return JobResult(job, failure=_exit_reason(worker.process.exitcode)) if job else None
 
-    def _bury(self, worker: _Worker) -> None:
+    def _remove_worker(self, worker: _Worker) -> None:
+        """End a worker and drop it; `_assign_jobs` starts another one when there are jobs."""
         self.workers.remove(worker)
-        worker.end(grace=5)
+        worker.stop(grace=5)
 
     def close(self) -> None:
-        """End the workers; one that is at work records its run as cancelled."""
+        """End all workers; one at work records its run as cancelled, within 20 seconds."""
         for worker in self.workers:
             if worker.job is None:
-                worker.leave()
+                worker.dismiss()
             elif worker.process.is_alive():
                 worker.process.terminate()
         for worker in self.workers:
-            worker.end(grace=20)
+            worker.stop(grace=20)
         self.workers = []
 
 
-def _death(code: int | None) -> str:
+def _exit_reason(code: int | None) -> str:
+    """Why a worker process ended, from its exit code; negative codes are signals."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""

@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster: Ray places them, this gives back what became of each."""
+"""The executor that does jobs as tasks of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,115 +20,124 @@ from peftzoo.errors import UserError
 from peftzoo.records import store
 from peftzoo.runs.plan import Plan
 from peftzoo.runs.run import new_record
-from peftzoo.sweeps.executors import Done, Job, cores, execute
+from peftzoo.sweeps.executors import Job, JobResult, available_cores, execute
 
-CORES = 4
-"""Cores of a run where there are no GPUs, unless told how many runs at once."""
-GRACE = 20
-"""Seconds that cancelled runs have to record it."""
+CORES_PER_RUN = 4
+"""CPU cores of a run on a cluster without GPUs, if the number of runs at once is not given."""
+CANCEL_SECONDS = 20
+"""Seconds in which cancelled runs can write their records."""
 
 
 class RayExecutor:
-    """A Ray of this machine alone, or the one at `address`; each run has its cores, a GPU if there is one.
+    """Does jobs on the Ray cluster at `address`, or without it on a local Ray of this machine.
 
-    Workers that see the results folder (a shared file system) write there themselves, and runs go on from
-    checkpoints wherever they are begun again; others send the files of a finished run back.
+    Each run gets its share of the cores, and a GPU if the cluster has any. `count` is the number of runs at
+    once, `plugins` are files to load. Workers that see the results folder `out` (a shared file system) write
+    there, and an interrupted run resumes from its checkpoint on any of them; other workers return the files
+    of a finished run. Raises `UserError` if Ray is not installed or the cluster cannot be reached.
     """
 
     def __init__(self, address: str | None, count: int | None, out: Path, plugins: list[str]) -> None:
-        self.ray = ray = _ray()
+        self.ray = ray = _import_ray()
         try:
             if address:
-                _reach(address)
+                _check_reachable(address)
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             else:
-                ray.init(address="local", num_cpus=max(cores(), count or 1), include_dashboard=False,
-                         log_to_driver=False, logging_level="ERROR")  # fmt: skip
+                ray.init(address="local", num_cpus=max(available_cores(), count or 1),
+                         include_dashboard=False, log_to_driver=False, logging_level="ERROR")  # fmt: skip
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(
                 f'no Ray cluster at "{address}" ({reason}): `ray start --head` begins one; or no --address'
             ) from None
-        whole = ray.cluster_resources()
-        largest = max(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"])
-        self.gpus = 1 if whole.get("GPU") else 0
-        at_once = count or (whole["GPU"] if self.gpus else max(whole["CPU"] // CORES, 1))
-        self.threads = int(max(min(whole["CPU"] // at_once, largest), 1))
-        self.count, self.out, self.plugins = int(at_once), out, plugins
+        resources = ray.cluster_resources()
+        largest_node = max(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"])
+        self.gpus = 1 if resources.get("GPU") else 0
+        jobs_at_once = count or (resources["GPU"] if self.gpus else max(resources["CPU"] // CORES_PER_RUN, 1))
+        self.threads = int(max(min(resources["CPU"] // jobs_at_once, largest_node), 1))
+        self.count, self.out, self.plugins = int(jobs_at_once), out, plugins
         self.jobs_per_device = 1 if self.gpus else self.count
-        self.flag = out / f".{uuid.uuid4().hex}.sweep"
-        self.flag.touch()
-        self.task = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=0)(_execute)
-        self.under_way: dict[Any, Job] = {}
-        self.ready: deque[Done] = deque()
+        self.marker = out / f".{uuid.uuid4().hex}.sweep"
+        self.marker.touch()
+        self.task = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=0)(_execute_remotely)
+        self.pending: dict[Any, Job] = {}
+        self.ready: deque[JobResult] = deque()
 
     def submit(self, job: Job) -> None:
-        if _on_record(job):
-            self.ready.append(execute(job))  # which finds it there
+        """Start a job on the cluster; one whose runs are all on record is answered here."""
+        if _all_on_record(job):
+            self.ready.append(execute(job))  # reads the records only
             return
-        task = self.task.remote(job, self.plugins, self.threads, self.flag)
-        self.under_way[task] = job
+        task = self.task.remote(job, self.plugins, self.threads, self.marker)
+        self.pending[task] = job
 
-    def next(self) -> Done:
-        """The next job that is done."""
+    def next_result(self) -> JobResult:
+        """Wait for the next job that ends, and return its result."""
         if self.ready:
             return self.ready.popleft()
-        (ready,), _ = self.ray.wait([*self.under_way], num_returns=1)
-        job = self.under_way.pop(ready)
+        (ended,), _ = self.ray.wait([*self.pending], num_returns=1)
+        job = self.pending.pop(ended)
         try:
-            done = self.ray.get(ready)
+            result = self.ray.get(ended)
         except self.ray.exceptions.RayError as error:
-            return Done(
-                job, died=f"Ray lost it: {type(error).__name__}, {' '.join(str(error).split())[:120]}"
+            return JobResult(
+                job, failure=f"Ray lost it: {type(error).__name__}, {' '.join(str(error).split())[:120]}"
             )
-        for name, data in done.files.items():
-            if not (place := job.out / name).is_file():
-                write_atomically(place, data)
-        return done
+        for name, data in result.files.items():
+            if not (file := job.out / name).is_file():
+                write_atomically(file, data)
+        return result
 
     def close(self) -> None:
-        """Cancel what is under way, and leave the cluster."""
-        for task in self.under_way:
+        """Cancel the pending jobs, and disconnect from the cluster."""
+        for task in self.pending:
             self.ray.cancel(task)
-        if self.under_way:
-            self.ray.wait([*self.under_way], num_returns=len(self.under_way), timeout=GRACE)
-        self.flag.unlink(missing_ok=True)
+        if self.pending:
+            self.ray.wait([*self.pending], num_returns=len(self.pending), timeout=CANCEL_SECONDS)
+        self.marker.unlink(missing_ok=True)
         self.ray.shutdown()
 
 
-def _on_record(job: Job) -> bool:
+def _all_on_record(job: Job) -> bool:
+    """Whether every run of the job has a record."""
     try:
         return all(store.path(job.out, new_record(Plan(r))).is_file() for r in job.requests)
-    except UserError:  # a trial that cannot be made: whoever does it tells
+    except UserError:  # the worker that does the job reports it
         return False
 
 
-def _execute(job: Job, plugins: list[str], threads: int, flag: Path) -> Done:
-    """What a Ray worker does. Without the driver's flag in sight, its folder is another one."""
+def _execute_remotely(job: Job, plugins: list[str], threads: int, marker: Path) -> JobResult:
+    """The function of a Ray task: do the job on the worker.
+
+    If the worker does not see the driver's file `marker`, it has another file system: it works in a
+    temporary folder and returns the files in the result.
+    """
     torch.set_num_threads(threads)
     for file in plugins:
         registry.add_file(file)
-    if flag.is_file():
+    if marker.is_file():
         return execute(job)
     name = hashlib.sha256(str(job.out).encode()).hexdigest()[:12]
     out = Path(tempfile.gettempdir()) / f"peftzoo-{name}"
-    done = execute(replace(job, out=out))
-    for record in (r for r, _ in [(done.record, done.new), *done.others] if r is not None):
+    result = execute(replace(job, out=out))
+    for record in (r for r, _ in [(result.record, result.new), *result.companion_results] if r is not None):
         target = store.path(out, record)
-        found = [target, *target.parent.glob(f"{target.stem}.examples*")]
-        found += (out / "adapters" / target.stem).glob("adapter.*")
-        done.files |= {str(f.relative_to(out)): f.read_bytes() for f in reversed(found)}  # the record last
-    return replace(done, job=job)
+        files = [target, *target.parent.glob(f"{target.stem}.examples*")]
+        files += (out / "adapters" / target.stem).glob("adapter.*")
+        result.files |= {str(f.relative_to(out)): f.read_bytes() for f in reversed(files)}  # the record last
+    return replace(result, job=job)
 
 
-def _reach(address: str) -> None:
-    """Raises `OSError` at once where nobody listens, which Ray itself finds out after minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise `OSError` at once if no program listens at the address; Ray itself would take minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _ray() -> Any:
+def _import_ray() -> Any:
+    """The module `ray`. Raises `UserError` if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

@@ -1,4 +1,4 @@
-"""Does the runs of a sweep, one after the other or at once, whatever becomes of each."""
+"""The scheduler of a sweep: submits its runs to an executor and handles results, failures and retries."""
 
 from __future__ import annotations
 
@@ -11,126 +11,145 @@ from peftzoo.records import store
 from peftzoo.records.schema import Record
 from peftzoo.runs.plan import Request
 from peftzoo.runs.run import record_failure
-from peftzoo.sweeps.executors import Done, Job
+from peftzoo.sweeps.executors import Job, JobResult
 from peftzoo.sweeps.study import Study
 
-TRIES = 2
-"""How often a run whose worker dies is begun; the second time from its checkpoint."""
-PATIENCE = 5.0
-"""Seconds to wait at a time, from the third on, for a run that another program is doing."""
+MAX_ATTEMPTS = 2
+"""How often a run is started if its worker dies; from the second time on it resumes from its checkpoint."""
+LOCK_TIMEOUT = 5.0
+"""Seconds that an attempt waits for a run of another program, from the third attempt on."""
 
 
 class Executor(Protocol):
-    """Takes jobs, and gives back what became of each."""
+    """Does jobs, several at once, and returns the result of each."""
 
     count: int
     """Jobs at once."""
     jobs_per_device: int
     """Jobs at once on one device."""
 
-    def submit(self, job: Job) -> None: ...
+    def submit(self, job: Job) -> None:
+        """Start or queue a job."""
 
-    def next(self) -> Done: ...
+    def next_result(self) -> JobResult:
+        """Wait for the next job that ends, and return its result."""
 
 
 class Scheduler:
-    """`tell(record, new, trial)` hears of every finished run, `note(text)` of what happened besides."""
+    """Runs requests and searches on an executor, with records in the folder `out`.
 
-    def __init__(self, executor: Executor, out: Path, tell: Callable[[Record, bool, bool], None],
+    `on_record(record, new, trial)` is called for every finished run, `note(text)` with messages for the user.
+    `records` holds (record, file, new) of the runs, without the trials of searches.
+    """
+
+    def __init__(self, executor: Executor, out: Path, on_record: Callable[[Record, bool, bool], None],
                  note: Callable[[str], None]) -> None:  # fmt: skip
-        self.executor, self.out, self.tell, self.note = executor, out, tell, note
-        self.waiting: dict[int, Study | None] = {}
-        self.count = 0
+        self.executor, self.out, self.on_record, self.note = executor, out, on_record, note
+        self.pending: dict[int, Study | None] = {}
+        """Unfinished jobs by number; the study whose trial the job is, None for other runs."""
+        self.jobs_submitted = 0
         self.records: list[tuple[Record, Path, bool]] = []
-        self.lost: list[str] = []
-        """Runs of which there is not even a record, and why."""
+        self.lost_runs: list[str] = []
+        """For each run without any record, why there is none."""
 
-    def do(self, requests: Sequence[Request], studies: Iterable[Study] = (),
-           pack: tuple[int | None, int | None] = (1, None)) -> None:  # fmt: skip
-        """Do these runs, in packs of so many or of that size, and those that each search settles on."""
+    def run(self, requests: Sequence[Request], studies: Iterable[Study] = (),
+            pack: tuple[int | None, int | None] = (1, None)) -> None:  # fmt: skip
+        """Do the requests, then the trials of each study and the runs with its best values.
+
+        Requests of one model and task are packed; `pack` is as in `packs.parse_pack_size`.
+        """
         for group in self._groups(requests, pack[0]):
             self._submit(group[0], None, group[1:], pack)
         for study in studies:
             self._advance(study)
-        while self.waiting:
-            done = self.executor.next()
-            if not (done.busy or done.died) or not self._again(done):
-                self._take(done, self.waiting.pop(done.job.number))
+        while self.pending:
+            result = self.executor.next_result()
+            if not (result.busy or result.failure) or not self._resubmit(result):
+                self._handle_result(result, self.pending.pop(result.job.number))
 
     def _groups(self, requests: Sequence[Request], size: int | None) -> list[tuple[Request, ...]]:
-        """Runs of one model and task, as many as one worker does together."""
-        alike: dict[tuple, list[Request]] = {}
+        """The requests of each job: of one model and task, `size` of them or an equal share per worker."""
+        by_model: dict[tuple, list[Request]] = {}
         for request in requests:
-            alike.setdefault((request.task, request.model), []).append(request)
-        found = []
-        for group in alike.values():
-            most = size or -(-len(group) // self.executor.count)
-            found += [tuple(group[i : i + most]) for i in range(0, len(group), most)]
-        return found
+            by_model.setdefault((request.task, request.model), []).append(request)
+        groups = []
+        for same_model in by_model.values():
+            most = size or -(-len(same_model) // self.executor.count)
+            groups += [tuple(same_model[i : i + most]) for i in range(0, len(same_model), most)]
+        return groups
 
     def _submit(self, request: Request, study: Study | None, companions: tuple[Request, ...] = (),
                 pack: tuple[int | None, int | None] = (1, None)) -> None:  # fmt: skip
-        self.count += 1
-        self.waiting[self.count] = study
+        """Submit a run with its companions, or a trial of `study`, which goes into the folder `tuning`."""
+        self.jobs_submitted += 1
+        self.pending[self.jobs_submitted] = study
         out = self.out / "tuning" if request.hold_out else self.out
         jobs_per_device = self.executor.jobs_per_device if companions else 1
+        number = self.jobs_submitted
         self.executor.submit(
-            Job(self.count, request, out, companions=companions, pack=pack, jobs_per_device=jobs_per_device)
+            Job(number, request, out, companions=companions, pack=pack, jobs_per_device=jobs_per_device)
         )
 
-    def _again(self, done: Done) -> bool:
-        """Give the job back to the executor where that makes sense."""
-        job = done.job
-        if done.busy:
-            self.executor.submit(replace(job, patience=PATIENCE if job.patience else 0.5))
+    def _resubmit(self, result: JobResult) -> bool:
+        """Submit the job once more, or its runs one by one; False after the last attempt."""
+        job = result.job
+        if result.busy:
+            self.executor.submit(replace(job, lock_timeout=LOCK_TIMEOUT if job.lock_timeout else 0.5))
             return True
-        if job.companions:  # one of them may be at fault, or all together too much
-            self.note(f"{_title(job)}: {done.died}; they are done one by one")
-            self.waiting.pop(job.number)
+        if job.companions:  # one run may be the cause, or the memory of all together
+            self.note(f"{_title(job)}: {result.failure}; they are done one by one")
+            self.pending.pop(job.number)
             for request in job.requests:
                 self._submit(request, None)
             return True
-        if job.tries + 1 >= TRIES:
+        if job.attempts + 1 >= MAX_ATTEMPTS:
             return False
-        self.note(f"{_title(job)}: {done.died}; it goes on from its checkpoint")
-        self.executor.submit(replace(job, tries=job.tries + 1))
+        self.note(f"{_title(job)}: {result.failure}; it goes on from its checkpoint")
+        self.executor.submit(replace(job, attempts=job.attempts + 1))
         return True
 
-    def _take(self, done: Done, study: Study | None) -> None:
-        found = [(done.record, done.new), *done.others]
-        for place, request in enumerate(done.job.requests):
-            record, new = found[place] if place < len(found) else (None, True)
+    def _handle_result(self, result: JobResult, study: Study | None) -> None:
+        """Report the record of each run of the job, and advance the study that it belongs to."""
+        results = [(result.record, result.new), *result.companion_results]
+        for index, request in enumerate(result.job.requests):
+            record, new = results[index] if index < len(results) else (None, True)
             if record is None:
-                record = self._failed(replace(done.job, request=request, companions=()), done.died)
+                record = self._record_failed(
+                    replace(result.job, request=request, companions=()), result.failure
+                )
             if record is not None:
-                self.tell(record, new, study is not None)
+                self.on_record(record, new, study is not None)
             if study is not None:
                 study.tell(record)
                 self._advance(study)
             elif record is not None:
                 self.records.append((record, store.path(self.out, record), new))
 
-    def _failed(self, job: Job, reason: str | None) -> Record | None:
-        """The record of a run of which nothing came back."""
+    def _record_failed(self, job: Job, reason: str | None) -> Record | None:
+        """Record a run without a result as failed; None, and an entry in `lost_runs`, if this fails too."""
         try:
             return record_failure(job.request, job.out, reason or "nothing came back of it")[0]
         except Exception as error:
-            self.lost.append(f"{_title(job)}: {reason} ({type(error).__name__}: {error})")
-            self.note(self.lost[-1])
+            self.lost_runs.append(f"{_title(job)}: {reason} ({type(error).__name__}: {error})")
+            self.note(self.lost_runs[-1])
             return None
 
     def _advance(self, study: Study) -> None:
+        """Submit the study's next trial or, after the last one, the runs with its best values."""
         if trial := study.ask():
             self._submit(trial, study)
-        elif finals := study.settled():
-            for request in finals:
+        elif final_requests := study.final_requests():
+            for request in final_requests:
                 self._submit(request, None)
         else:
-            self.lost.append(f"{study.title}: no trial of {study.search.trials} gave a score ({study.last})")
-            self.note(self.lost[-1])
+            self.lost_runs.append(
+                f"{study.title}: no trial of {study.search.trials} gave a score ({study.last_failure})"
+            )
+            self.note(self.lost_runs[-1])
 
 
 def _title(job: Job) -> str:
+    """The job in words, for messages."""
     r = job.request
-    held = ", a trial" if r.hold_out else f" and {len(job.companions)} more" if job.companions else ""
-    return f"{r.method} on {r.task}, seed {r.seed}{held}"
+    suffix = ", a trial" if r.hold_out else f" and {len(job.companions)} more" if job.companions else ""
+    return f"{r.method} on {r.task}, seed {r.seed}{suffix}"

@@ -1,4 +1,4 @@
-"""A sweep file: what it may say, and the list of runs that it stands for."""
+"""The format of a sweep file, and the runs that it expands to."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from peftzoo.runs.plan import Request
 from peftzoo.tasks import task_files
 from peftzoo.training.config import TrainConfig
 
-TRAIN = {*TrainConfig.model_fields, "epochs"} - {"precision"}
-SEARCHED = {"lr", "head_lr", "schedule", "warmup", "clip"}
-"""Training settings that a search may change: those that leave a trial's budget as it is."""
+TRAIN_KEYS = {*TrainConfig.model_fields, "epochs"} - {"precision"}
+SEARCHABLE_KEYS = {"lr", "head_lr", "schedule", "warmup", "clip"}
+"""Training settings that a search may change: those that do not change the cost of a trial."""
 
 
-def _listed(value: Any) -> Any:
-    """One name, several with commas, or a list."""
+def _as_list(value: Any) -> Any:
+    """A list of names or numbers without repetitions, from a list or a comma-separated string."""
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         value = [part.strip() for part in str(value).split(",") if part.strip()]
-    return list(dict.fromkeys(value)) if isinstance(value, list) and _plain(value) else value
+    return list(dict.fromkeys(value)) if isinstance(value, list) and _all_scalars(value) else value
 
 
-def _plain(values: list[Any]) -> bool:
+def _all_scalars(values: list[Any]) -> bool:
     return all(isinstance(v, (str, int)) for v in values)
 
 
-Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], BeforeValidator(_listed), Field(min_length=1)]
+Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 class _Strict(BaseModel):
+    """A model that refuses unknown keys, NaN and infinity."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Range(_Strict):
-    """Numbers from `low` to `high`; whole ones if both are whole."""
+    """Numbers from `low` to `high`; integers if both ends are integers."""
 
     low: int | float
     high: int | float
@@ -57,10 +59,10 @@ class Range(_Strict):
 
 
 class Search(_Strict):
-    """The same budget for every method: `trials` runs of `steps`, scored on held-out training rows.
+    """A hyperparameter search: for every method `trials` runs of `steps`, scored on held-out training rows.
 
-    With `seconds`, no trial begins once so many have been spent in training. Without `space`, the learning
-    rate is searched from a tenth of the method's own to ten times it.
+    `rows` of each task are held out. With `seconds`, no trial starts once the trials have trained for so
+    long. Without `space`, the learning rate is searched from a tenth of the method's default to ten times it.
     """
 
     trials: int = Field(ge=1, le=10_000)
@@ -73,7 +75,7 @@ class Search(_Strict):
 
 
 class Sweep(_Strict):
-    """The keys of a sweep file. A list under `set`, `train` or `steps` is a grid: each value in turn."""
+    """The keys of a sweep file. A list under `set`, `train` or `steps` is a grid of its values."""
 
     methods: Names
     tasks: Names
@@ -95,17 +97,17 @@ class Sweep(_Strict):
 
     @field_validator("pack", mode="before")
     @classmethod
-    def _pack(cls, given: Any) -> str:
-        packs.parse("pack", str(given))
-        return str(given)
+    def _pack(cls, value: Any) -> str:
+        packs.parse_pack_size("pack", str(value))
+        return str(value)
 
     @property
-    def gathers(self) -> bool:
-        """Whether it names methods or tasks by a word for several, of which some may not fit."""
+    def selects_by_group(self) -> bool:
+        """Whether `all` or a group selects methods or tasks; what does not fit together is then skipped."""
         return "all" in self.methods or "all" in self.tasks or task_files.expand(self.tasks) != self.tasks
 
     def requests(self) -> list[Request]:
-        """Every run: tasks, then models, then methods with their grids, then seeds. None twice."""
+        """Every run once, in the order of tasks, models, methods with their grids, and seeds."""
         methods = registry.methods() if "all" in self.methods else self.methods
         options, train = self._options(methods), self._train()
         common = self.model_dump(
@@ -121,7 +123,7 @@ class Sweep(_Strict):
             }
         )
         tasks = task_files.expand(task_files.tasks() if "all" in self.tasks else self.tasks)
-        found = [
+        requests = [
             Request(method=m, task=t, model=model, seed=s, options=o, train=g, **common)
             for t in tasks
             for model in self.models
@@ -130,60 +132,64 @@ class Sweep(_Strict):
             for g in grid(train)
             for s in self.seeds
         ]
-        return [*{repr(r): r for r in found}.values()]
+        return [*{repr(r): r for r in requests}.values()]
 
     def _options(self, methods: list[str]) -> dict[str, dict[str, Any]]:
-        """Per method; `lora.r: 4`, or `lora: {r: 4}`, is for one of them, after what is for all."""
+        """Options per method; `lora.r: 4`, or `lora: {r: 4}`, overrides what is set for all."""
         own = {f"{k}.{o}": v for k, vs in self.set.items() if isinstance(vs, dict) for o, v in vs.items()}
         rest = {k: v for k, v in self.set.items() if not isinstance(v, dict)}
-        found = {m: {k: v for k, v in rest.items() if "." not in k} for m in methods}
+        options = {m: {k: v for k, v in rest.items() if "." not in k} for m in methods}
         for key, value in ({k: v for k, v in rest.items() if "." in k} | own).items():
             method, _, option = key.rpartition(".")
-            if method not in found:
-                raise unknown(f'method in set "{key}"', method, found)
-            found[method][option] = value
-        return found
+            if method not in options:
+                raise unknown(f'method in set "{key}"', method, options)
+            options[method][option] = value
+        return options
 
     def _train(self) -> dict[str, Any]:
+        """The training settings with `steps`. Raises `UserError` for an unknown key or two values of it."""
         for key in self.train:
-            if key not in TRAIN:
-                raise UserError(f'unknown key "train.{key}": {nearest(key, TRAIN) or _known(TRAIN)}')
+            if key not in TRAIN_KEYS:
+                raise UserError(
+                    f'unknown key "train.{key}": {nearest(key, TRAIN_KEYS) or _allowed(TRAIN_KEYS)}'
+                )
         if self.steps is None:
             return self.train
-        if twice := {"steps", "epochs"} & self.train.keys():
-            raise UserError(f"steps and train.{min(twice)} say the same: keep one of them")
+        if duplicates := {"steps", "epochs"} & self.train.keys():
+            raise UserError(f"steps and train.{min(duplicates)} say the same: keep one of them")
         return self.train | {"steps": self.steps}
 
-    def searchable(self) -> None:
-        """Raise `UserError` where a search does not go with the rest, or its space names no setting."""
-        grids = [f"set.{k}" for k, v in self.set.items() if _is_grid(v)]
-        grids += [f"train.{k}" for k, v in (self.train | {"steps": self.steps}).items() if _is_grid(v)]
+    def check_search(self) -> None:
+        """Raise `UserError` for a grid beside the search, or an unknown key or method in its space."""
+        grids = [f"set.{k}" for k, v in self.set.items() if _has_list(v)]
+        grids += [f"train.{k}" for k, v in (self.train | {"steps": self.steps}).items() if _has_list(v)]
         if grids:
             raise UserError(f"{grids[0]} is a list and there is a search: put its values into search.space")
         methods = registry.methods() if "all" in self.methods else self.methods
-        for key, span in self.search.space.items():
+        for key, values in self.search.space.items():
             option, dot, name = key.partition(".")
-            if not (dot and option == "set" and name) and key not in SEARCHED:
-                known = {*SEARCHED, "set.OPTION"}
-                raise UserError(f'unknown key "search.space.{key}": {nearest(key, known) or _known(known)}')
+            if not (dot and option == "set" and name) and key not in SEARCHABLE_KEYS:
+                known = {*SEARCHABLE_KEYS, "set.OPTION"}
+                raise UserError(f'unknown key "search.space.{key}": {nearest(key, known) or _allowed(known)}')
             if (method := name.rpartition(".")[0]) and method not in methods:
                 raise unknown(f'method in search.space "{key}"', method, methods)
-            if isinstance(span, Range) and span.log and span.low <= 0:
-                raise UserError(f"search.space.{key}: low {span.low} on a log scale: above 0")
+            if isinstance(values, Range) and values.log and values.low <= 0:
+                raise UserError(f"search.space.{key}: low {values.low} on a log scale: above 0")
 
 
-def _is_grid(value: Any) -> bool:
-    return any(map(_is_grid, value.values())) if isinstance(value, dict) else isinstance(value, list)
+def _has_list(value: Any) -> bool:
+    """Whether the value is a list, or a mapping that contains one."""
+    return any(map(_has_list, value.values())) if isinstance(value, dict) else isinstance(value, list)
 
 
 def grid(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the values; a list is several of them, anything else is one."""
+    """Every combination of the values; a list stands for each of its items."""
     choices = [v if isinstance(v, list) else [v] for v in settings.values()]
     return [dict(zip(settings, values, strict=True)) for values in itertools.product(*choices)]
 
 
 def read(path: Path) -> Sweep:
-    """Load and check a sweep file. Raises `UserError` with file, key and what is allowed."""
+    """Read and check a sweep file. Raises `UserError` with the file, the key and what is allowed."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -193,30 +199,31 @@ def read(path: Path) -> Sweep:
             f'sweep file "{path.name}": not plain YAML ({" ".join(str(error).split())})'
         ) from None
     if not isinstance(raw, dict):
-        raise UserError(f'sweep file "{path.name}": needs keys: {_known(Sweep.model_fields)}')
+        raise UserError(f'sweep file "{path.name}": needs keys: {_allowed(Sweep.model_fields)}')
     try:
-        made = Sweep.model_validate(raw)
-        if made.search:
-            made.searchable()
-        made.requests()
-        return made
+        sweep = Sweep.model_validate(raw)
+        if sweep.search:
+            sweep.check_search()
+        sweep.requests()
+        return sweep
     except ValidationError as error:
-        raise UserError(f'sweep file "{path.name}": {_first(error)}') from None
+        raise UserError(f'sweep file "{path.name}": {_first_error(error)}') from None
     except UserError as error:
         raise UserError(f'sweep file "{path.name}": {error}') from None
 
 
-def _known(names: Iterable[str]) -> str:
+def _allowed(names: Iterable[str]) -> str:
+    """The allowed keys, for an error message."""
     return "allowed: " + ", ".join(sorted(names))
 
 
-def _first(error: ValidationError) -> str:
-    """The first mistake, as key, value and what is allowed."""
+def _first_error(error: ValidationError) -> str:
+    """The first error of a validation, with key, value and what is allowed."""
     e = error.errors()[0]
-    place = [str(p) for p in e["loc"] if str(p) not in ("Span", "int", "float") and "[" not in str(p)]
-    key = ".".join(place) or "file"
+    path = [str(p) for p in e["loc"] if str(p) not in ("Range", "int", "float") and "[" not in str(p)]
+    key = ".".join(path) or "file"
     if e["type"] == "extra_forbidden":
-        owner = {1: Sweep, 2: Search}.get(len(place), Range)
-        return f'unknown key "{key}": {nearest(place[-1], owner.model_fields) or _known(owner.model_fields)}'
-    given = f" (given: {e['input']!r})" if e["type"] != "missing" and not isinstance(e["input"], dict) else ""
-    return f"{key}: {e['msg'].removeprefix('Value error, ')}{given}"
+        model = {1: Sweep, 2: Search}.get(len(path), Range)
+        return f'unknown key "{key}": {nearest(path[-1], model.model_fields) or _allowed(model.model_fields)}'
+    value = f" (given: {e['input']!r})" if e["type"] != "missing" and not isinstance(e["input"], dict) else ""
+    return f"{key}: {e['msg'].removeprefix('Value error, ')}{value}"

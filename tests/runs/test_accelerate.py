@@ -41,10 +41,10 @@ def bench(launch: list[str], out: Path, *more: str) -> tuple[list[dict], subproc
 def test_two_processes_give_what_one_gives(tmp_path) -> None:
     """7 rows per step do not divide by 2, LoRA has no shared state, Uni-LoRA has; `none` trains nothing."""
     methods = ("--method", "lora,unilora,none")
-    run_lock, _ = bench([], tmp_path / "one", *methods)
+    single, _ = bench([], tmp_path / "one", *methods)
     both, done = bench(LAUNCH, tmp_path / "two", *methods)
     assert [r["method"] for r in both] == ["lora", "unilora", "none"]
-    for one, two in zip(run_lock, both, strict=True):
+    for one, two in zip(single, both, strict=True):
         assert two["status"] == "ok" and one["id"] == two["id"]
         if one["final_loss"] is not None:
             assert two["final_loss"] == pytest.approx(one["final_loss"], rel=1e-4)

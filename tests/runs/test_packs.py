@@ -1,4 +1,4 @@
-"""Packs: every run is what it would be alone, whatever its neighbours do."""
+"""Packs: every run gives what it gives alone, whatever the other runs of the pack do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peftzoo.errors import UserError
 from peftzoo.runs._pack_loop import PackLoop
 from peftzoo.runs._pack_scoring import PackedModel
 from peftzoo.runs._packed_adapter import Pack, pack_refusal
-from peftzoo.runs.packs import Packer, bytes_needed, parse, run_packs
+from peftzoo.runs.packs import Packer, bytes_needed, parse_pack_size, run_packs
 from peftzoo.runs.plan import Plan, Request
 from peftzoo.runs.run import new_record, run, run_lock
 from peftzoo.scoring.language_model import LanguageModel
@@ -37,16 +37,18 @@ TIGHT = {"rtol": 1e-4, "atol": 1e-5}
 def handle(model: nn.Module, name: str, seed: int) -> Attached:
     """A method with values away from its start, not installed."""
     cls = registry.get(name)
-    made = attach(model, cls, seed=seed, install=False, **Case(cls, "llama").context, **cls.tiny)
+    attached = attach(model, cls, seed=seed, install=False, **Case(cls, "llama").context, **cls.tiny)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in attached.parameters():
             p.add_(torch.randn(p.shape, generator=g), alpha=0.02)
-    made.adapter.eval()
-    return made
+    attached.adapter.eval()
+    return attached
 
 
-def graded(model: nn.Module, members: list[Attached], batch: dict, rows: slice | None = None) -> tuple:
+def logits_and_gradients(
+    model: nn.Module, members: list[Attached], batch: dict, rows: slice | None = None
+) -> tuple:
     """Logits where there are tokens, and the gradients of their square sum; then these are cleared."""
     cut = slice(None) if rows is None else rows
     ids, mask = batch["input_ids"][cut], batch["attention_mask"][cut]
@@ -71,16 +73,16 @@ def test_every_method_shares_the_base_with_another(name: str) -> None:
         with pytest.raises(UserError, match=f'"{name}" cannot share the base: {reason[:20]}'):
             Pack(members)
         return
-    rows, run_lock = (slice(0, 3), slice(3, 5), slice(5, 6)), []
+    rows, alone = (slice(0, 3), slice(3, 5), slice(5, 6)), []
     for member, cut in zip(members, rows, strict=True):
         with member.on():
-            run_lock.append(graded(model, [member], batch, cut))
+            alone.append(logits_and_gradients(model, [member], batch, cut))
     pack = Pack(members)
     attach(model, pack)
     for _ in range(2):  # the second time it is known who does without the base's output
-        with pack.rows([3, 2, 1]):
-            out, grads = graded(model, members, batch)
-        for (wanted, (theirs,)), cut, mine in zip(run_lock, rows, grads, strict=True):
+        with pack.rows_per_member([3, 2, 1]):
+            out, grads = logits_and_gradients(model, members, batch)
+        for (wanted, (theirs,)), cut, mine in zip(alone, rows, grads, strict=True):
             torch.testing.assert_close(out[cut], wanted, **TIGHT)
             for a, b in zip(mine, theirs, strict=True):
                 a, b = (torch.zeros(1) if g is None else g for g in (a, b))
@@ -97,8 +99,8 @@ def test_the_base_is_computed_once_for_all(monkeypatch) -> None:
     attach(model, pack)
     for _ in range(2):
         seen.clear()
-        with pack.rows([1, 2, 1, 2]):
-            graded(model, members, batch)
+        with pack.rows_per_member([1, 2, 1, 2]):
+            logits_and_gradients(model, members, batch)
     assert sorted(seen) == [2, 4], "rows of oft go through on their own, all others together"
 
 
@@ -119,26 +121,26 @@ RUNS = [("lora", 1e-2, 6, 2, "linear"), ("oft", 3e-3, 4, 1, "cosine"), ("adalora
 
 def loops(accelerator, model: nn.Module | None, runs=RUNS) -> list[Loop]:
     """A loop per run, on one common model or, without it, on one each."""
-    rng, made = random.Random(4), []
+    rng, loops_ = random.Random(4), []
     examples = [[rng.randrange(3, 50) for _ in range(rng.randint(4, 9))] for _ in range(20)]
     for seed, (name, lr, steps, size, schedule) in enumerate(runs):
         base = copy.deepcopy(_base("llama")) if model is None else model
         member = handle(base, name, seed)
         rows = [Example(ids, [-100, *ids[1:]]) for ids in examples]
         config = TrainConfig(steps=steps, batch_size=size, lr=lr, schedule=schedule)
-        made.append(Loop(member, rows, config, pad=0, accelerator=accelerator, seed=seed))
-    return made
+        loops_.append(Loop(member, rows, config, pad=0, accelerator=accelerator, seed=seed))
+    return loops_
 
 
 def test_each_run_in_a_pack_is_as_it_is_alone(accelerator) -> None:
     """Methods, learning rates, schedules, batch sizes, seeds and lengths mixed."""
-    run_lock = loops(accelerator, None)
-    for loop in run_lock:
+    alone = loops(accelerator, None)
+    for loop in alone:
         with loop.attached.on():
             loop.run()
-    shared_scoring = loops(accelerator, copy.deepcopy(_base("llama")))
-    PackLoop(shared_scoring).run()
-    for a, b in zip(shared_scoring, run_lock, strict=True):
+    packed = loops(accelerator, copy.deepcopy(_base("llama")))
+    PackLoop(packed).run()
+    for a, b in zip(packed, alone, strict=True):
         assert a.out.losses == pytest.approx(b.out.losses, rel=1e-5, abs=1e-5)
         mine, theirs = a.attached.state_dict(), b.attached.state_dict()
         for name in mine:
@@ -160,42 +162,42 @@ def test_half_precision_is_that_of_a_run_alone(accelerator, monkeypatch) -> None
             return grad
 
     half = [("lora", 1e-2, 3, 2, "linear"), ("loha", 1e-2, 3, 2, "linear")]
-    run_lock, shared_scoring = (
+    alone, packed = (
         loops(accelerator, None, half),
         loops(accelerator, copy.deepcopy(_base("llama")), half),
     )
-    for loop in (*run_lock, *shared_scoring):
+    for loop in (*alone, *packed):
         object.__setattr__(loop.config, "precision", "bf16")
-    for loop in run_lock:
+    for loop in alone:
         with loop.attached.on():
             loop.run()
-    norm = shared_scoring[0].attached.model.model.norm
+    norm = packed[0].attached.model.model.norm
     whole = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: Watched.apply(whole(x)))
-    PackLoop(shared_scoring).run()
+    PackLoop(packed).run()
     assert seen == [False] * 3
-    for a, b in zip(shared_scoring, run_lock, strict=True):
+    for a, b in zip(packed, alone, strict=True):
         assert a.out.losses == pytest.approx(b.out.losses, rel=2e-2)
 
 
 def test_a_penalty_that_is_not_finite_breaks_its_run(accelerator) -> None:
-    made = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:1] * 2)
-    made[0].attached.adapter.penalty = lambda: torch.tensor(float("inf"))
-    pack = PackLoop(made)
+    runs = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:1] * 2)
+    runs[0].attached.adapter.penalty = lambda: torch.tensor(float("inf"))
+    pack = PackLoop(runs)
     pack.run()
-    assert set(pack.broken) == {0} and len(made[1].out.losses) == 6
+    assert set(pack.failures) == {0} and len(runs[1].out.losses) == 6
 
 
 def test_members_stand_for_themselves_afterwards(accelerator) -> None:
-    made = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:2])
-    plain = [part.site.plain for loop in made for part in loop.attached.adapter.parts.values()]
-    PackLoop(made).run()
+    runs = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:2])
+    plain = [part.site.plain for loop in runs for part in loop.attached.adapter.parts.values()]
+    PackLoop(runs).run()
     assert [
-        part.site.plain for loop in made for part in loop.attached.adapter.parts.values()
+        part.site.plain for loop in runs for part in loop.attached.adapter.parts.values()
     ] == plain and any(plain)
 
 
-def test_a_neighbour_of_hf_peft_shares_the_base(accelerator) -> None:
+def test_a_method_of_hf_peft_shares_the_base(accelerator) -> None:
     """Its layers call the wrapped module themselves."""
     pytest.importorskip("peft")
     model = copy.deepcopy(_base("llama"))
@@ -207,46 +209,46 @@ def test_a_neighbour_of_hf_peft_shares_the_base(accelerator) -> None:
         for p in m.parameters():
             p.data.add_(0.02)
     batch, cuts = make_batches("llama")[0], (slice(0, 4), slice(4, 6))
-    run_lock = []
+    alone = []
     for member, cut in zip(members, cuts, strict=True):
         with member.on():
-            run_lock.append(graded(model, [member], batch, cut))
+            alone.append(logits_and_gradients(model, [member], batch, cut))
     pack = Pack(members)
     attach(model, pack)
     for _ in range(2):
-        with pack.rows([4, 2]):
-            out, _ = graded(model, members, batch)
-        for (wanted, _), cut in zip(run_lock, cuts, strict=True):
+        with pack.rows_per_member([4, 2]):
+            out, _ = logits_and_gradients(model, members, batch)
+        for (wanted, _), cut in zip(alone, cuts, strict=True):
             torch.testing.assert_close(out[cut], wanted, **TIGHT)
 
 
 def test_a_run_that_breaks_leaves_and_the_others_go_on(accelerator) -> None:
     whole = loops(accelerator, copy.deepcopy(_base("llama")))
     PackLoop(whole).run()
-    made = loops(accelerator, copy.deepcopy(_base("llama")))
-    before = made[2].attached.adapter.after_backward
+    runs = loops(accelerator, copy.deepcopy(_base("llama")))
+    before = runs[2].attached.adapter.after_backward
 
     def spoil(step: int, total: int) -> None:
         before(step, total)
         if step == 3:
-            next(p for p in made[2].params if p.grad is not None).grad.fill_(float("inf"))
+            next(p for p in runs[2].params if p.grad is not None).grad.fill_(float("inf"))
 
-    made[2].attached.adapter.after_backward = spoil
-    pack = PackLoop(made)
+    runs[2].attached.adapter.after_backward = spoil
+    pack = PackLoop(runs)
     pack.run()
-    assert set(pack.broken) == {2} and "step 3" in pack.broken[2] and len(made[2].out.losses) == 2
+    assert set(pack.failures) == {2} and "step 3" in pack.failures[2] and len(runs[2].out.losses) == 2
     for place in (0, 1, 3, 4, 5):
-        assert made[place].out.losses == pytest.approx(whole[place].out.losses, rel=1e-5, abs=1e-5)
+        assert runs[place].out.losses == pytest.approx(whole[place].out.losses, rel=1e-5, abs=1e-5)
 
 
 def test_a_loss_that_is_not_a_number_reaches_nobody_else(accelerator) -> None:
-    made = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:1] * 2)
+    runs = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:1] * 2)
     with torch.no_grad():
-        made[0].params[0].fill_(float("nan"))
-    pack = PackLoop(made)
+        runs[0].params[0].fill_(float("nan"))
+    pack = PackLoop(runs)
     pack.run()
-    assert set(pack.broken) == {0} and len(made[1].out.losses) == 6
-    assert all(p.isfinite().all() for p in made[1].params)
+    assert set(pack.failures) == {0} and len(runs[1].out.losses) == 6
+    assert all(p.isfinite().all() for p in runs[1].params)
 
 
 def test_afterwards_the_model_is_bare(accelerator) -> None:
@@ -272,7 +274,7 @@ class Letters:
         return "".join(chr(64 + i) for i in ([ids] if isinstance(ids, int) else ids))
 
 
-def asked(members: list[int]) -> tuple[list[Instance], list[Instance]]:
+def lm_requests(members: list[int]) -> tuple[list[Instance], list[Instance]]:
     """Choices and questions for each of these members, in turn."""
     choices, questions = [], []
     for m in members:
@@ -286,15 +288,15 @@ def asked(members: list[int]) -> tuple[list[Instance], list[Instance]]:
 
 
 def answers(model: nn.Module, member: Attached) -> tuple[list, list]:
-    choices, questions = asked([0])
+    choices, questions = lm_requests([0])
     with member.on():
         lm = LanguageModel(model.eval(), Letters(), 4, None)
         return lm.loglikelihood(choices), lm.generate_until(questions)
 
 
 @functools.cache
-def neighbours() -> list[tuple[list, list]]:
-    """What the two that stand beside each method answer alone."""
+def companions_alone() -> list[tuple[list, list]]:
+    """What the two methods that share the base with each other one answer alone."""
     model = copy.deepcopy(_base("llama"))
     return [answers(model, handle(model, name, seed)) for name, seed in (("lora", 2), ("prefix-tuning", 3))]
 
@@ -308,16 +310,16 @@ def test_every_method_is_scored_in_shared_batches_as_alone(name: str) -> None:
     members = [handle(model, name, 1), handle(model, "lora", 2), handle(model, "prefix-tuning", 3)]
     if pack_refusal(members[0]):
         pytest.skip(pack_refusal(members[0]))
-    found = [answers(model, members[0]), *neighbours()]
-    run_lock = [a for choices, _ in found for a in choices], [a for _, texts in found for a in texts]
+    found = [answers(model, members[0]), *companions_alone()]
+    alone = [a for choices, _ in found for a in choices], [a for _, texts in found for a in texts]
     pack = Pack(members)
     attach(model, pack)
     lm = PackedModel(pack, model.eval(), Letters(), 4, None)
-    choices, questions = asked([0, 1, 2])
-    for (mine, said), (theirs, so) in zip(lm.loglikelihood(choices), run_lock[0], strict=True):
+    choices, questions = lm_requests([0, 1, 2])
+    for (mine, said), (theirs, so) in zip(lm.loglikelihood(choices), alone[0], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4) and said == so
-    assert lm.generate_until(questions) == run_lock[1]
-    assert len({tuple(run_lock[1][i : i + 3]) for i in (0, 3, 6)}) > 1, "the members answer alike: no proof"
+    assert lm.generate_until(questions) == alone[1]
+    assert len({tuple(alone[1][i : i + 3]) for i in (0, 3, 6)}) > 1, "the members answer alike: no proof"
 
 
 # -- runs -----------------------------------------------------------------------------------------------
@@ -336,13 +338,10 @@ def requests() -> list[Request]:
 def test_records_of_a_pack_are_those_of_single_runs(tmp_path) -> None:
     packed = run_packs(requests(), tmp_path / "pack", size=4)
     for (record, path, new), request in zip(packed, requests(), strict=True):
-        run_lock, _, _ = run(request, tmp_path / "alone")
+        alone, _, _ = run(request, tmp_path / "alone")
         assert new and path.is_file() and record.status == "ok", record.reason
-        assert record.id == run_lock.id and record.final_loss == pytest.approx(run_lock.final_loss, abs=1e-5)
-        assert (
-            record.result.value == run_lock.result.value
-            and record.trainable_params == run_lock.trainable_params
-        )
+        assert record.id == alone.id and record.final_loss == pytest.approx(alone.final_loss, abs=1e-5)
+        assert record.result.value == alone.result.value and record.trainable_params == alone.trainable_params
         if request.method == "full":
             assert record.packed is None and record.step_time
         else:
@@ -352,17 +351,17 @@ def test_records_of_a_pack_are_those_of_single_runs(tmp_path) -> None:
 
 def test_more_than_64_rows_are_scored_together_unmerged(tmp_path) -> None:
     short = {"task": "sst2", "limit": 66, "precision": "fp32", "train": {"steps": 2, "batch_size": 2}}
-    asked = [Request("lora", seed=s, **short) for s in (0, 1)]
+    wanted = [Request("lora", seed=s, **short) for s in (0, 1)]
     for (record, _, _), request in zip(
-        run_packs(asked, tmp_path / "pack", size=2, score_together=True), asked, strict=True
+        run_packs(wanted, tmp_path / "pack", size=2, score_together=True), wanted, strict=True
     ):
-        run_lock, _, _ = run(request, tmp_path / "alone")
+        alone, _, _ = run(request, tmp_path / "alone")
         assert record.result is record.score and (record.score.rows, record.merged_score.rows) == (66, 64)
         assert record.result.value == pytest.approx(
-            run_lock.result.value, abs=1 / 66
+            alone.result.value, abs=1 / 66
         )  # rounding, one row at most
         assert record.examples and record.score.seconds > 0
-    for record, _, _ in run_packs(asked, tmp_path / "apart", size=2):
+    for record, _, _ in run_packs(wanted, tmp_path / "apart", size=2):
         assert record.result is record.merged_score and record.score.rows == 64  # on a CPU as a single run
 
 
@@ -430,10 +429,10 @@ def test_an_interrupted_pack_goes_on(tmp_path) -> None:
 
 
 def test_a_pack_that_breaks_down_is_done_one_by_one(tmp_path, monkeypatch) -> None:
-    def broken(self: PackLoop) -> None:
+    def failing_run(self: PackLoop) -> None:
         raise RuntimeError("out of everything")
 
-    monkeypatch.setattr(PackLoop, "run", broken)
+    monkeypatch.setattr(PackLoop, "run", failing_run)
     notes: list[str] = []
     done = run_packs(few(2), tmp_path, size=2, note=notes.append)
     assert [(r.status, r.packed) for r, _, _ in done] == [("ok", None)] * 2
@@ -462,11 +461,11 @@ def test_a_run_that_another_program_does_is_waited_for(tmp_path) -> None:
 @pytest.mark.parametrize("given", ["0", "-1", "two", "2.5", "GB", "0GB", ""])
 def test_bad_sizes_of_a_pack(given: str) -> None:
     with pytest.raises(UserError, match=r"--pack.*(a number of runs from 1 on, auto, or a size|such as 1M)"):
-        parse("--pack", given)
+        parse_pack_size("--pack", given)
 
 
 def test_sizes_of_a_pack() -> None:
-    sizes = [parse("--pack", given) for given in ("1", "16", "auto", "2GB")]
+    sizes = [parse_pack_size("--pack", given) for given in ("1", "16", "auto", "2GB")]
     assert sizes == [(1, None), (16, None), (None, None), (None, 2 * 10**9)]
 
 

@@ -30,12 +30,12 @@ def offline(tmp_path, monkeypatch):
 
 def test_an_unknown_tracker_gets_the_nearest_name() -> None:
     with pytest.raises(UserError, match=r'unknown tracker "wanb": did you mean "wandb"\?'):
-        trackers.tracker("wanb")
+        trackers.make_tracker("wanb")
 
 
 def test_no_tracker_does_nothing(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
-    none = trackers.tracker("none")
+    none = trackers.make_tracker("none")
     none.start("x", {})
     none.log(1, {"loss": 1.0})
     none.finish({})
@@ -85,7 +85,7 @@ def test_a_failed_run_ends_its_curve(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_wandb_works_offline_and_stays_quiet(offline, capfd) -> None:
-    wandb = trackers.tracker("wandb")
+    wandb = trackers.make_tracker("wandb")
     wandb.start("lora/sst2/embedded/s0", {"method": "lora", "seed": 0})
     for step in (1, 2, 3):
         wandb.log(step, {"loss": 1.0 / step})
@@ -103,7 +103,7 @@ def test_trackio_keeps_the_curve_in_its_folder(tmp_path) -> None:
     """In a process of its own: trackio reads its folder's name when it is imported."""
     pytest.importorskip("trackio")
     code = (
-        "from peftzoo.runs.trackers import tracker; t = tracker('trackio');"
+        "from peftzoo.runs.trackers import make_tracker; t = make_tracker('trackio');"
         "t.start('lora/sst2', {'method': 'lora'});"
         "[t.log(s, {'loss': 1.0 / s}) for s in (1, 2, 3)]; t.finish({'status': 'ok', 'score': 0.5})"
     )
@@ -120,7 +120,7 @@ def test_trackio_keeps_the_curve_in_its_folder(tmp_path) -> None:
 def test_trackio_that_is_not_there_is_one_clear_error(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match=r'pip install "peftzoo\[trackio\]"'):
-        trackers.tracker("trackio").start("x", {})
+        trackers.make_tracker("trackio").start("x", {})
 
 
 def test_wandb_without_a_key_is_one_clear_error(monkeypatch) -> None:
@@ -130,7 +130,7 @@ def test_wandb_without_a_key_is_one_clear_error(monkeypatch) -> None:
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
 
     monkeypatch.setattr(wandb, "init", init)
-    tracker = trackers.tracker("wandb")
+    tracker = trackers.make_tracker("wandb")
     with pytest.raises(UserError, match=r"No API key.*`wandb login`, or set WANDB_MODE=offline") as told:
         tracker.start("x", {})
     assert "\n" not in str(told.value)

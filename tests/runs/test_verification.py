@@ -22,60 +22,60 @@ QUICK = {"train": {"steps": 3, "batch_size": 4, "lr": 0.0123, "clip": 0.5, "sche
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Record:
+def recorded(tmp_path_factory) -> Record:
     out = tmp_path_factory.mktemp("made")
     request = Request("lora", "sst2", seed=3, options={"r": "2", "targets": "q,v"}, **QUICK)
     return run.run(request, out)[0]
 
 
 @pytest.fixture
-def copy(made, tmp_path) -> Path:
+def copy(recorded, tmp_path) -> Path:
     """The record's file, to be damaged."""
-    shutil.copytree(made.file.parent, tmp_path / "copy")
-    return tmp_path / "copy" / made.file.name
+    shutil.copytree(recorded.file.parent, tmp_path / "copy")
+    return tmp_path / "copy" / recorded.file.name
 
 
 def verdicts(checks: list[verification.Check]) -> dict[str, bool | None]:
     return {c.what: c.good for c in checks}
 
 
-def test_a_run_again_gives_what_is_on_record(made) -> None:
-    checks = verification.again(made, verification.request(made), tolerance=0.0)
+def test_a_run_again_gives_what_is_on_record(recorded) -> None:
+    checks = verification.rerun(recorded, verification.request_of(recorded), tolerance=0.0)
     got = verdicts(checks)
     assert all(good is not False for good in got.values()), checks
     assert got["configuration (id)"] and got["score (within 0)"] and got["trainable params"] and got["rows"]
-    assert verdicts(verification.files(made)) == {
+    assert verdicts(verification.check_files(recorded)) == {
         "sha256 of the record": True, "outcomes per row": True, "score of the outcomes": True,
     }  # fmt: skip
 
 
-def test_what_was_not_reached_differs(made) -> None:
+def test_what_was_not_reached_differs(recorded) -> None:
     """Other scores and counts on record, and options that were not those of the run."""
-    false = made.model_copy(deep=True, update={"method_config": made.method_config | {"r": 3}})
+    false = recorded.model_copy(deep=True, update={"method_config": recorded.method_config | {"r": 3}})
     for score in (false.score, false.merged_score):
         score.value += 5.0
-    got = verdicts(verification.again(false, verification.request(false), tolerance=4.0))
+    got = verdicts(verification.rerun(false, verification.request_of(false), tolerance=4.0))
     for what in ("score (within 4)", "unmerged score (within 4)", "trainable params", "configuration (id)"):
         assert got[what] is False, what
     assert got["rows"] and got["total params"]
-    assert verdicts(verification.files(false))["score of the outcomes"] is False
+    assert verdicts(verification.check_files(false))["score of the outcomes"] is False
 
 
-def test_what_cannot_be_compared_is_not_called_wrong(made) -> None:
+def test_what_cannot_be_compared_is_not_called_wrong(recorded) -> None:
     """An unmerged score over other rows, as older records have it, and a run on another kind of device."""
-    older = made.model_copy(deep=True)
+    older = recorded.model_copy(deep=True)
     older.score.rows, older.score.value = older.score.rows - 1, 0.0
     older.environment["device"], older.id = "GPU", "0" * 12
-    got = verdicts(verification.again(older, verification.request(made), tolerance=0.0))
+    got = verdicts(verification.rerun(older, verification.request_of(recorded), tolerance=0.0))
     assert got["unmerged score (within 0)"] is None and got["configuration (id)"] is None
     assert got["score (within 0)"] and False not in got.values()
 
 
 def test_a_trial_of_a_search_is_done_on_its_own_rows() -> None:
     held = {"source": "embedded", "scored_rows": 8, "held_out": {"rows": [8, 5], "seed": 3}}
-    assert verification.request(make(data=held)).hold_out == (8, 3)
+    assert verification.request_of(make(data=held)).hold_out == (8, 3)
     for odd in (None, 3, {}, {"rows": 8}, {"rows": [], "seed": 1}, {"rows": ["x"], "seed": 1}):
-        assert verification.request(make(data=held | {"held_out": odd})).hold_out is None
+        assert verification.request_of(make(data=held | {"held_out": odd})).hold_out is None
 
 
 def test_a_title_from_a_record_is_plain_text(run_cli, tmp_path) -> None:
@@ -91,14 +91,14 @@ def test_everything_that_was_asked_is_asked_again() -> None:
         train_config={"steps": 3, "precision": "bf16", "lr": 0.5},
         command="peftzoo bench --limit 9 --method lora",
     )  # fmt: skip
-    asked = verification.request(record, data="FOLDER", model=None)
+    asked = verification.request_of(record, data="FOLDER", model=None)
     assert asked == Request(
         "lora", "sst2", "embedded", 5, {"r": 8}, {"steps": 3, "lr": 0.5}, "zero-shot", precision="bf16",
         source="mirror", data="FOLDER", limit=9, max_new_tokens=7, prune="wanda:0.5", retention="gsm8k",
         tuning={"budget": {"trials": 2}},
     )  # fmt: skip
     for command in ("", "peftzoo", "peftzoo --limit", "peftzoo --limit x", 'peftzoo "'):
-        assert verification.request(make(command=command)).limit is None
+        assert verification.request_of(make(command=command)).limit is None
 
 
 @pytest.mark.parametrize("key", ["score", "seed", "created", "trainable_params", "environment"])
@@ -117,24 +117,25 @@ def test_a_record_without_a_checksum_is_read(copy: Path) -> None:
     raw = json.loads(copy.read_text())
     del raw["sha256"], raw["loss_curve"]
     copy.write_text(json.dumps(raw))
-    assert verdicts(verification.files(store.read(copy)))["sha256 of the record"] is None
+    assert verdicts(verification.check_files(store.read(copy)))["sha256 of the record"] is None
 
 
 def test_a_changed_side_file_is_reported(copy: Path) -> None:
     side = copy.with_suffix(".examples.jsonl.gz")
     side.write_bytes(side.read_bytes()[:-1] + b"x")
-    assert verdicts(verification.files(store.read(copy)))["outcomes per row"] is False
+    assert verdicts(verification.check_files(store.read(copy)))["outcomes per row"] is False
     side.unlink()
-    assert verdicts(verification.files(store.read(copy)))["outcomes per row"] is False
+    assert verdicts(verification.check_files(store.read(copy)))["outcomes per row"] is False
 
 
 def test_a_record_without_outcomes(tmp_path) -> None:
     record = make()
     store.write(tmp_path, record)
-    assert verdicts(verification.files(record)) == {"sha256 of the record": True, "outcomes per row": None}
+    got = verdicts(verification.check_files(record))
+    assert got == {"sha256 of the record": True, "outcomes per row": None}
     record = make(score={"metric": "acc", "value": 0.75, "rows": 4}, examples=None)
     store.write(tmp_path, record, right([1, 1, 1, 0]))
-    assert verdicts(verification.files(record))["score of the outcomes"]
+    assert verdicts(verification.check_files(record))["score of the outcomes"]
 
 
 def test_the_command(run_cli, copy: Path, tmp_path) -> None:

@@ -47,9 +47,9 @@ def process(out: Path, wanted: list[Request], workers: int) -> multiprocessing.P
     """A sweep in a process of its own, made from one that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    made = context.Process(target=sweep, args=(out, wanted, workers))
-    made.start()
-    return made
+    child = context.Process(target=sweep, args=(out, wanted, workers))
+    child.start()
+    return child
 
 
 def sweep(out: Path, wanted: list[Request], workers: int) -> None:
@@ -59,14 +59,14 @@ def sweep(out: Path, wanted: list[Request], workers: int) -> None:
     from peftzoo.sweeps.scheduler import Scheduler
 
     torch.set_num_threads(1)
-    executor = ProcessExecutor(workers, [], lambda *_: None, start="fork")
+    executor = ProcessExecutor(workers, [], lambda *_: None, start_method="fork")
     executor.threads = 1
-    drive = Scheduler(executor, out, lambda *_: None, lambda text: None)
+    scheduler = Scheduler(executor, out, lambda *_: None, lambda text: None)
     try:
-        drive.do(wanted)
+        scheduler.run(wanted)
     finally:
         executor.close()
-    (out / f"new-{os.getpid()}.txt").write_text("\n".join(r.name for r, _, new in drive.records if new))
+    (out / f"new-{os.getpid()}.txt").write_text("\n".join(r.name for r, _, new in scheduler.records if new))
 
 
 def kill(one: psutil.Process) -> None:
@@ -100,15 +100,15 @@ def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path) -> None:
     process(tmp_path / "one", requests([99]), 1).join()
     long = 1.5 * (time.perf_counter() - began)
     out, killed = tmp_path / "out", {"sweep": 0, "worker": 0}
-    made, steps = {}, {}
+    finished, steps = {}, {}
     while sum(killed.values()) < KILLS:
-        going = process(out, requests(range(len(made) + 1)), workers=1)  # one run is always left to do
+        going = process(out, requests(range(len(finished) + 1)), workers=1)  # one run is always left to do
         time.sleep(rng.uniform(0, long))
         try:
             whole_sweep = psutil.Process(going.pid)
         except psutil.NoSuchProcess:  # it has ended
             going.join()
-            made, steps = records(out), reached(out)
+            finished, steps = records(out), reached(out)
             continue
         workers = whole_sweep.children()
         kind = "worker" if workers and rng.random() < 0.5 else "sweep"
@@ -121,15 +121,15 @@ def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path) -> None:
         going.join()
         psutil.wait_procs(workers, timeout=30)
         now, at = records(out), reached(out)
-        assert all(now[seed] == r for seed, r in made.items()), "a finished run was lost or made again"
+        assert all(now[seed] == r for seed, r in finished.items()), "a finished run was lost or made again"
         assert all(at.get(s, 6) >= k for s, k in steps.items() if s not in now), "a checkpoint was lost"
         assert all(r.resumed_at >= steps.get(s, 0) for s, r in now.items()), "steps were done again"
-        made, steps = now, at
-    last = process(out, requests(range(len(made) + 1)), workers=2)
+        finished, steps = now, at
+    last = process(out, requests(range(len(finished) + 1)), workers=2)
     last.join()
     assert last.exitcode == 0
     found = records(out)
-    assert {*found} == {*range(len(made) + 1)} and not reached(out)
+    assert {*found} == {*range(len(finished) + 1)} and not reached(out)
     assert not [*out.rglob("*.tmp")] and not [*(out / "failed").rglob("*.json")]
     resumed = max(found.values(), key=lambda r: r.resumed_at)
     assert resumed.resumed_at, "no run went on from a checkpoint"
@@ -197,7 +197,7 @@ def test_a_ray_sweep_survives_its_workers(tmp_path) -> None:
     out.mkdir()
     wanted = [replace(r, train={"steps": 150, "batch_size": 2}, save_every=5) for r in requests(range(3))]
     cluster = RayExecutor(None, 2, out, [])
-    drive = Scheduler(cluster, out, lambda *_: None, notes.append)
+    scheduler = Scheduler(cluster, out, lambda *_: None, notes.append)
     try:
         assert cluster.count == 2
         import threading
@@ -209,19 +209,19 @@ def test_a_ray_sweep_survives_its_workers(tmp_path) -> None:
             while not [*out.glob("checkpoints/*.safetensors")]:
                 time.sleep(0.02)
             mine = psutil.Process().children(recursive=True)
-            busy = [p for p in mine if p.name().startswith("ray::_perform")]
+            busy = [p for p in mine if p.name().startswith("ray::_execute_remotely")]
             killed.append(len([*out.glob("checkpoints/*.safetensors")]) == len(busy))
             busy[0].kill()
 
         shooter = threading.Thread(target=shoot, daemon=True)
         shooter.start()
-        drive.do(wanted)
+        scheduler.run(wanted)
         shooter.join(timeout=5)
     finally:
         cluster.close()
     assert killed and len(notes) == 1 and "goes on from its checkpoint" in notes[0], notes
     found = records(out)
-    assert {*found} == {0, 1, 2} and [r.status for r, _, _ in drive.records] == ["ok"] * 3
+    assert {*found} == {0, 1, 2} and [r.status for r, _, _ in scheduler.records] == ["ok"] * 3
     resumed = sum(r.resumed_at > 0 for r in found.values())
     assert resumed == 1 or (resumed == 0 and not killed[0]), "the run of the dead worker began anew"
     assert not [*out.glob(".*.sweep")]
@@ -236,7 +236,9 @@ def test_files_of_a_worker_with_another_folder_come_back(tmp_path, monkeypatch) 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
     (tmp_path / "node").mkdir()
     out = tmp_path / "here"
-    done = ray_executor._execute(executors.Job(1, requests([3])[0], out), [], 1, tmp_path / "no-flag")
+    done = ray_executor._execute_remotely(
+        executors.Job(1, requests([3])[0], out), [], 1, tmp_path / "no-marker"
+    )
     assert done.job.out == out and not out.exists() and done.record.status == "ok"
     names = [Path(n) for n in done.files]
     assert names[-1].suffix == ".json" and all(not n.is_absolute() and ".." not in n.parts for n in names)
@@ -311,14 +313,14 @@ def test_any_file_is_a_record_or_is_reported_by_name(tmp_path, data: bytes) -> N
 
 
 def test_a_damaged_record_is_named_and_the_others_are_run(tmp_path) -> None:
-    from tests.sweeps.test_sweep import drive
+    from tests.sweeps.test_sweep import run_sweep
 
     wanted = requests([0, 1])
     bad = store.path(tmp_path, run.new_record(Plan(wanted[0])))
     bad.parent.mkdir(parents=True)
     bad.write_text(GOOD[:100])
-    made, _ = drive(tmp_path, wanted)
-    found = {r.seed: r for r, _, _ in made.records}
+    scheduler, _ = run_sweep(tmp_path, wanted)
+    found = {r.seed: r for r, _, _ in scheduler.records}
     assert (
         found[0].status == "failed" and bad.name in found[0].reason and str(tmp_path) not in found[0].reason
     )

@@ -20,8 +20,8 @@ from peftzoo.runs import run
 from peftzoo.runs.estimates import Estimates
 from peftzoo.runs.plan import Plan, Request, resolve
 from peftzoo.sweeps import sweep_file
-from peftzoo.sweeps.executors import Done, Job, execute
-from peftzoo.sweeps.scheduler import TRIES, Scheduler
+from peftzoo.sweeps.executors import Job, JobResult, execute
+from peftzoo.sweeps.scheduler import MAX_ATTEMPTS, Scheduler
 from peftzoo.sweeps.study import Study
 from peftzoo.tasks import overlap, run_data, sources, splits, task_files
 from tests.records.test_store import make
@@ -36,37 +36,37 @@ QUICK = {
 }
 
 
-def written(folder: Path, **keys) -> Path:
+def write_sweep(folder: Path, **keys) -> Path:
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(QUICK | keys))
     return path
 
 
 class Inline:
-    """An executor in this process. `fate(job)` may give what becomes of a job in place of doing it."""
+    """An executor in this process. `fake_result(job)` may give the result of a job in place of doing it."""
 
     count, threads, jobs_per_device = 1, 1, 1
 
-    def __init__(self, fate=lambda job: None) -> None:
+    def __init__(self, fake_result=lambda job: None) -> None:
         self.queue: deque[Job] = deque()
-        self.fate, self.jobs = fate, []
+        self.fake_result, self.jobs = fake_result, []
 
     def submit(self, job: Job) -> None:
         self.queue.append(job)
 
-    def next(self) -> Done:
+    def next_result(self) -> JobResult:
         job = self.queue.popleft()
         self.jobs.append(job)
-        return self.fate(job) or execute(job)
+        return self.fake_result(job) or execute(job)
 
     def close(self) -> None: ...
 
 
-def drive(out: Path, requests=(), studies=(), **options) -> tuple[Scheduler, list[str]]:
+def run_sweep(out: Path, requests=(), studies=(), **options) -> tuple[Scheduler, list[str]]:
     notes: list[str] = []
-    made = Scheduler(Inline(**options), out, lambda *_: None, notes.append)
-    made.do(requests, studies)
-    return made, notes
+    scheduler = Scheduler(Inline(**options), out, lambda *_: None, notes.append)
+    scheduler.run(requests, studies)
+    return scheduler, notes
 
 
 # -- the file -------------------------------------------------------------------------------------------
@@ -78,44 +78,44 @@ def test_the_plan_is_every_combination_once(tmp_path) -> None:
     seeds = rng.sample(range(50), 3)
     lrs, sizes = [rng.uniform(1e-4, 1e-2) for _ in range(2)], [2, 4, 8]
     keys = {"methods": methods, "tasks": "sst2, stsb", "seeds": [*seeds, seeds[0]]}
-    made = sweep_file.read(written(tmp_path, **keys, train={"lr": lrs, "batch_size": sizes})).requests()
-    found = {(r.method, r.task, r.seed, r.train["lr"], r.train["batch_size"]) for r in made}
-    assert len(found) == len(made) == 3 * 2 * 3 * 2 * 3
-    assert {r.train["steps"] for r in made} == {2} and {r.limit for r in made} == {4}
+    runs = sweep_file.read(write_sweep(tmp_path, **keys, train={"lr": lrs, "batch_size": sizes})).requests()
+    found = {(r.method, r.task, r.seed, r.train["lr"], r.train["batch_size"]) for r in runs}
+    assert len(found) == len(runs) == 3 * 2 * 3 * 2 * 3
+    assert {r.train["steps"] for r in runs} == {2} and {r.limit for r in runs} == {4}
 
 
 def test_options_for_all_and_for_one(tmp_path) -> None:
     given = {"r": [2, 4], "dora.r": 8, "lora": {"alpha": [1, 2, 3]}}
-    made = sweep_file.read(written(tmp_path, methods=["lora", "dora"], set=given)).requests()
-    assert [r.options for r in made if r.method == "dora"] == [{"r": 8}]
-    assert len({json.dumps(r.options) for r in made if r.method == "lora"}) == 6
+    runs = sweep_file.read(write_sweep(tmp_path, methods=["lora", "dora"], set=given)).requests()
+    assert [r.options for r in runs if r.method == "dora"] == [{"r": 8}]
+    assert len({json.dumps(r.options) for r in runs if r.method == "lora"}) == 6
 
 
 def test_commas_numbers_and_lists_mean_the_same(tmp_path) -> None:
-    plans = [sweep_file.read(written(tmp_path, methods=m, seeds=s)).requests()
+    plans = [sweep_file.read(write_sweep(tmp_path, methods=m, seeds=s)).requests()
              for m, s in (("lora,dora", "1,2"), (["lora", "dora"], [1, 2]))]  # fmt: skip
     assert plans[0] == plans[1]
-    assert [r.seed for r in sweep_file.read(written(tmp_path, seeds=3)).requests()] == [3]
+    assert [r.seed for r in sweep_file.read(write_sweep(tmp_path, seeds=3)).requests()] == [3]
 
 
-def searching(**keys) -> dict:
+def with_search(**keys) -> dict:
     return {"search": {"trials": 2} | keys}
 
 
-def spanning(**keys) -> dict:
-    return searching(space={"lr": {"low": 1.0, "high": 2.0} | keys})
+def with_range(**keys) -> dict:
+    return with_search(space={"lr": {"low": 1.0, "high": 2.0} | keys})
 
 
 WRONG = {
     "a key": ({"method": "lora"}, 'unknown key "method": did you mean "methods"'),
     "a training key": ({"train": {"batchsize": 3}}, '"train.batchsize": did you mean "batch_size"'),
-    "a search key": (searching(sample="tpe"), 'unknown key "search.sample": did you mean "sampler"'),
-    "a span's key": (spanning(hihg=3), 'unknown key "search.space.lr.hihg": did you mean "high"'),
-    "a span upside down": (spanning(high=0.5), "above low"),
-    "a log of nought": (spanning(low=0, log=True), "above 0"),
-    "a searched budget": (searching(space={"steps": [1, 2]}), 'unknown key "search.space.steps"'),
-    "a grid and a search": (searching() | {"set": {"r": [2, 4]}}, "put its values into search.space"),
-    "no trials": (searching(trials=0), "search.trials: .*greater than or equal to 1"),
+    "a search key": (with_search(sample="tpe"), 'unknown key "search.sample": did you mean "sampler"'),
+    "a span's key": (with_range(hihg=3), 'unknown key "search.space.lr.hihg": did you mean "high"'),
+    "a span upside down": (with_range(high=0.5), "above low"),
+    "a log of nought": (with_range(low=0, log=True), "above 0"),
+    "a searched budget": (with_search(space={"steps": [1, 2]}), 'unknown key "search.space.steps"'),
+    "a grid and a search": (with_search() | {"set": {"r": [2, 4]}}, "put its values into search.space"),
+    "no trials": (with_search(trials=0), "search.trials: .*greater than or equal to 1"),
     "a precision": ({"precision": "fp8"}, "precision: .*fp32"),
     "a seed": ({"seeds": [-1]}, "seeds.0: .*given: -1"),
     "a pack": ({"pack": 0}, 'pack "0": a number of runs from 1 on, auto, or a size'),
@@ -127,9 +127,9 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_mistake_is_named(tmp_path, kind: str) -> None:
-    keys, told = WRONG[kind]
-    with pytest.raises(UserError, match=told) as error:
-        sweep_file.read(written(tmp_path, **keys))
+    keys, message = WRONG[kind]
+    with pytest.raises(UserError, match=message) as error:
+        sweep_file.read(write_sweep(tmp_path, **keys))
     assert "sweep.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -142,7 +142,7 @@ def test_a_file_that_is_no_sweep_is_named(tmp_path, text: str) -> None:
         sweep_file.read(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("keys", "told"), [
+@pytest.mark.parametrize(("keys", "message"), [
     ({"methods": "none, lroa"}, 'did you mean "lora"'), ({"tasks": "sst"}, "sst2"),
     ({"set": {"rank": 3}}, "rank"),
     ({"steps": None, "train": {"epochs": "many"}}, "--epochs many"),
@@ -153,38 +153,40 @@ def test_a_file_that_is_no_sweep_is_named(tmp_path, text: str) -> None:
     ({"search": {"trials": 2, "space": {"set.rank": [1, 2]}}}, "rank"),
     ({"search": {"trials": 2, "space": {"set.targets": ["q", "nowhere", "v"]}}}, "nowhere"),
 ])  # fmt: skip
-def test_mistakes_show_before_the_first_run(run_cli, tmp_path, keys: dict, told: str) -> None:
-    code, _, err = run_cli(f"sweep {written(tmp_path, **keys)} --out {tmp_path / 'out'}")
-    assert code == 2 and told in err and err.count("\n") == 1, err
+def test_mistakes_show_before_the_first_run(run_cli, tmp_path, keys: dict, message: str) -> None:
+    code, _, err = run_cli(f"sweep {write_sweep(tmp_path, **keys)} --out {tmp_path / 'out'}")
+    assert code == 2 and message in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
 
 
 def test_wrong_executors_are_named(run_cli, tmp_path) -> None:
-    assert "executor" in run_cli(f"sweep {written(tmp_path)} --executor rya")[2]
-    assert "--executor ray" in run_cli(f"sweep {written(tmp_path)} --address auto")[2]
+    assert "executor" in run_cli(f"sweep {write_sweep(tmp_path)} --executor rya")[2]
+    assert "--executor ray" in run_cli(f"sweep {write_sweep(tmp_path)} --address auto")[2]
 
 
 # -- the plan -------------------------------------------------------------------------------------------
 
 
-def plan_of(run_cli, tmp_path, **keys) -> dict:
-    code, out, err = run_cli(f"sweep {written(tmp_path, **keys)} --out {tmp_path / 'out'} --dry-run --json")
+def dry_run(run_cli, tmp_path, **keys) -> dict:
+    code, out, err = run_cli(
+        f"sweep {write_sweep(tmp_path, **keys)} --out {tmp_path / 'out'} --dry-run --json"
+    )
     assert code == 0, err
     return json.loads(out)
 
 
 def test_the_plan_says_what_is_done_and_what_is_not_known(run_cli, tmp_path) -> None:
-    first = plan_of(run_cli, tmp_path, seeds=[0, 1])
+    first = dry_run(run_cli, tmp_path, seeds=[0, 1])
     assert not (tmp_path / "out").exists(), "a dry run leaves nothing"
     assert {r["seconds"] for r in first["plan"]} == {r["memory"] for r in first["plan"]} == {None}
     assert first["total"]["estimated"] == 0
-    record, _, _ = run.run(sweep_file.read(written(tmp_path)).requests()[0], tmp_path / "out")
-    again = plan_of(run_cli, tmp_path, seeds=[0, 1])
+    record, _, _ = run.run(sweep_file.read(write_sweep(tmp_path)).requests()[0], tmp_path / "out")
+    again = dry_run(run_cli, tmp_path, seeds=[0, 1])
     assert [r["state"] for r in again["plan"]] == ["done", "to do"]
     assert [r["id"] for r in again["plan"]] == [record.id] * 2 == [r["id"] for r in first["plan"]]
     assert again["plan"][1]["basis"] == "from 1 record of lora"
     assert again["plan"][1]["memory"] == record.memory["computed_total"]
-    code, out, _ = run_cli(f"sweep {written(tmp_path, seeds=[0, 1])} --out {tmp_path / 'out'} --dry-run")
+    code, out, _ = run_cli(f"sweep {write_sweep(tmp_path, seeds=[0, 1])} --out {tmp_path / 'out'} --dry-run")
     assert code == 0 and "2 runs, 1 done, 1 to do" in out and "from 1 record of lora" in out
 
 
@@ -199,14 +201,16 @@ def test_estimates_come_from_like_records_only() -> None:
                "score": Score(metric="acc", value=0.5, rows=20, seconds=4.0)}  # fmt: skip
         return planned.model_copy(update=own | changes)
 
-    said = Estimates([past(1.0), past(3.0), past(2.0), past(50.0, task="stsb"), past(50.0, status="failed")])
-    found = said.of(planned)
+    estimates = Estimates(
+        [past(1.0), past(3.0), past(2.0), past(50.0, task="stsb"), past(50.0, status="failed")]
+    )
+    found = estimates.for_run(planned)
     assert found.seconds == pytest.approx(2 * pace * steps + rows * 4.0 / 20, abs=0.06)
     assert found.memory == 3_000_000 and found.basis == "from 3 records of lora"
-    kin = next(
+    same_family = next(
         m for m in registry.methods() if m != "lora" and registry.get(m).family == registry.get("lora").family
     )
-    other = Estimates([past(1.0, method=kin)]).of(planned)
+    other = Estimates([past(1.0, method=same_family)]).for_run(planned)
     assert (
         "family" not in other.basis
         and other.basis.startswith("from 1 record of ")
@@ -218,7 +222,7 @@ def test_estimates_come_from_like_records_only() -> None:
         {"model": "m"},
         {"method": "gone"},
     ):
-        assert Estimates([past(1.0, **unlike)]).of(planned).seconds is None
+        assert Estimates([past(1.0, **unlike)]).for_run(planned).seconds is None
 
 
 # -- running --------------------------------------------------------------------------------------------
@@ -230,13 +234,13 @@ def requests(**keys) -> list[Request]:
 
 def test_every_run_is_done_once(tmp_path) -> None:
     wanted = requests(methods="lora,none")
-    made, _ = drive(tmp_path, wanted)
-    assert [(r.name, new) for r, _, new in made.records] == [
+    scheduler, _ = run_sweep(tmp_path, wanted)
+    assert [(r.name, new) for r, _, new in scheduler.records] == [
         ("lora/sst2/embedded/s0", True), ("none/sst2/embedded/s0", True)
     ]  # fmt: skip
-    again, _ = drive(tmp_path, wanted)
+    again, _ = run_sweep(tmp_path, wanted)
     assert [new for _, _, new in again.records] == [False] * 2
-    assert [r for r, _, _ in again.records] == [r for r, _, _ in made.records]
+    assert [r for r, _, _ in again.records] == [r for r, _, _ in scheduler.records]
 
 
 BROKEN = """
@@ -288,10 +292,10 @@ def test_a_plugin_that_breaks_when_attached_stops_no_other(run_cli, tmp_path, mo
     registry.add_file(tmp_path / "fragile.py")
     fit, notes = resolve(requests(methods="fragile,lora"), skip=False)
     assert [p.request.method for p in fit] == ["fragile", "lora"] and not notes
-    made, _ = drive(tmp_path / "out", [p.request for p in fit])
-    assert [(r.method, r.status) for r, _, _ in made.records] == [("fragile", "failed"), ("lora", "ok")]
-    assert made.records[0][0].reason.startswith("RuntimeError: it looks at values")
-    file = written(tmp_path, methods="fragile", set={"r": 1})
+    scheduler, _ = run_sweep(tmp_path / "out", [p.request for p in fit])
+    assert [(r.method, r.status) for r, _, _ in scheduler.records] == [("fragile", "failed"), ("lora", "ok")]
+    assert scheduler.records[0][0].reason.startswith("RuntimeError: it looks at values")
+    file = write_sweep(tmp_path, methods="fragile", set={"r": 1})
     code, _, err = run_cli(f"sweep {file} --out {tmp_path / 'none'}")
     last = err.splitlines()[-1]  # after other libraries' bars
     assert code == 2 and '"fragile" breaks when it is made (KeyError' in last and "Traceback" not in err, err
@@ -299,9 +303,9 @@ def test_a_plugin_that_breaks_when_attached_stops_no_other(run_cli, tmp_path, mo
 
 def test_runs_that_fail_are_recorded_and_stop_no_other(tmp_path, broken) -> None:
     wanted = requests(methods="broken", set={"r": [1, 2]}) + requests()
-    made, _ = drive(tmp_path, wanted)
-    assert [r.status for r, _, _ in made.records] == ["failed", "failed", "ok"]
-    memory, mistake, _ = (r.reason for r, _, _ in made.records)
+    scheduler, _ = run_sweep(tmp_path, wanted)
+    assert [r.status for r, _, _ in scheduler.records] == ["failed", "failed", "ok"]
+    memory, mistake, _ = (r.reason for r, _, _ in scheduler.records)
     assert memory.startswith("MemoryError: no room") and mistake.startswith("ValueError: a plugin's mistake")
     assert len([*(tmp_path / "failed").rglob("*.json")]) == 2
     assert [r.method for r in store.read_all(tmp_path)] == ["lora"]
@@ -311,61 +315,65 @@ def test_runs_of_one_task_are_done_in_packs(tmp_path, broken) -> None:
     """One of them breaks its pack down; then they are done one by one."""
     good = requests(methods="lora,ia3", seeds=[0, 1])
     notes: list[str] = []
-    made = Scheduler(Inline(), tmp_path, lambda *_: None, notes.append)
-    made.do([*good, *requests(methods="broken")], pack=(4, None))
-    assert [len(job.requests) for job in made.executor.jobs] == [4, 1] and not made.lost
-    assert [(r.method, r.status) for r, _, _ in made.records] == [
+    scheduler = Scheduler(Inline(), tmp_path, lambda *_: None, notes.append)
+    scheduler.run([*good, *requests(methods="broken")], pack=(4, None))
+    assert [len(job.requests) for job in scheduler.executor.jobs] == [4, 1] and not scheduler.lost_runs
+    assert [(r.method, r.status) for r, _, _ in scheduler.records] == [
         ("lora", "ok"), ("lora", "ok"), ("ia3", "ok"), ("ia3", "ok"), ("broken", "failed")
     ]  # fmt: skip
-    assert all(r.packed["runs"] == 4 for r, _, _ in made.records[:4])
+    assert all(r.packed["runs"] == 4 for r, _, _ in scheduler.records[:4])
     again = Scheduler(Inline(), tmp_path / "b", lambda *_: None, notes.append)
-    again.do([*good[:2], *requests(methods="broken")], pack=(None, None))
+    again.run([*good[:2], *requests(methods="broken")], pack=(None, None))
     assert [r.status for r, _, _ in again.records] == ["ok", "ok", "failed"] and len(again.executor.jobs) == 1
 
 
 def test_runs_of_a_pack_whose_worker_dies_are_done_one_by_one(tmp_path) -> None:
     unlucky, lucky = requests(seeds=[0, 1])
 
-    def fate(job: Job) -> Done | None:
-        return Done(job, died="its worker process was ended by SIGKILL") if unlucky in job.requests else None
+    def fake_result(job: Job) -> JobResult | None:
+        return (
+            JobResult(job, failure="its worker process was ended by SIGKILL")
+            if unlucky in job.requests
+            else None
+        )
 
     notes: list[str] = []
-    made = Scheduler(Inline(fate), tmp_path, lambda *_: None, notes.append)
-    made.do([unlucky, lucky], pack=(2, None))
-    assert sorted((r.seed, r.status) for r, _, _ in made.records) == [(0, "failed"), (1, "ok")]
-    assert "and 1 more" in notes[0] and "one by one" in notes[0] and not made.lost
-    assert len(made.executor.jobs) == 1 + TRIES + 1
+    scheduler = Scheduler(Inline(fake_result), tmp_path, lambda *_: None, notes.append)
+    scheduler.run([unlucky, lucky], pack=(2, None))
+    assert sorted((r.seed, r.status) for r, _, _ in scheduler.records) == [(0, "failed"), (1, "ok")]
+    assert "and 1 more" in notes[0] and "one by one" in notes[0] and not scheduler.lost_runs
+    assert len(scheduler.executor.jobs) == 1 + MAX_ATTEMPTS + 1
 
 
 def test_a_run_that_works_at_last_leaves_no_failure_behind(tmp_path) -> None:
     (request,) = requests()
     run.record_failure(request, tmp_path, "its worker died")
     assert len([*(tmp_path / "failed").rglob("*.json")]) == 1
-    made, _ = drive(tmp_path, [request])
-    assert made.records[0][0].status == "ok" and not [*(tmp_path / "failed").rglob("*.json")]
+    scheduler, _ = run_sweep(tmp_path, [request])
+    assert scheduler.records[0][0].status == "ok" and not [*(tmp_path / "failed").rglob("*.json")]
 
 
 def test_a_run_whose_worker_dies_is_tried_again_and_then_recorded(tmp_path) -> None:
     unlucky, lucky = requests(seeds=[0, 1])
 
-    def fate(job: Job) -> Done | None:
-        dies = job.request == unlucky or job.tries == 0
-        return Done(job, died="its worker process was ended by SIGKILL") if dies else None
+    def fake_result(job: Job) -> JobResult | None:
+        dies = job.request == unlucky or job.attempts == 0
+        return JobResult(job, failure="its worker process was ended by SIGKILL") if dies else None
 
-    made, notes = drive(tmp_path, [unlucky, lucky], fate=fate)
-    found = {r.seed: r for r, _, _ in made.records}
+    scheduler, notes = run_sweep(tmp_path, [unlucky, lucky], fake_result=fake_result)
+    found = {r.seed: r for r, _, _ in scheduler.records}
     assert (found[0].status, found[1].status) == ("failed", "ok") and "SIGKILL" in found[0].reason
-    assert len(made.executor.jobs) == 2 * TRIES and len(notes) == 2 and not made.lost
+    assert len(scheduler.executor.jobs) == 2 * MAX_ATTEMPTS and len(notes) == 2 and not scheduler.lost_runs
 
 
 def test_a_run_that_another_program_does_is_put_off(tmp_path) -> None:
     first, second = requests(seeds=[0, 1])
 
-    def fate(job: Job) -> Done | None:
-        return Done(job, busy=True) if job.request == first and job.patience == 0 else None
+    def fake_result(job: Job) -> JobResult | None:
+        return JobResult(job, busy=True) if job.request == first and job.lock_timeout == 0 else None
 
-    made, _ = drive(tmp_path, [first, second], fate=fate)
-    assert [r.seed for r, _, _ in made.records] == [1, 0]
+    scheduler, _ = run_sweep(tmp_path, [first, second], fake_result=fake_result)
+    assert [r.seed for r, _, _ in scheduler.records] == [1, 0]
 
 
 def test_only_one_program_does_a_run(tmp_path) -> None:
@@ -375,9 +383,9 @@ def test_only_one_program_does_a_run(tmp_path) -> None:
 
     with FileLock(tmp_path / "locks" / f"{record.id}-s0.lock"):
         with pytest.raises(run.Busy):
-            run.run(request, tmp_path, patience=0)
+            run.run(request, tmp_path, lock_timeout=0)
         assert execute(Job(1, request, tmp_path)).busy
-    assert run.run(request, tmp_path, patience=0)[2]
+    assert run.run(request, tmp_path, lock_timeout=0)[2]
 
 
 def test_what_a_crash_left_half_written_is_removed(tmp_path) -> None:
@@ -447,17 +455,17 @@ def test_trials_and_runs_have_other_ids() -> None:
 def test_too_many_rows_and_foreign_rows_cannot_be_held_out() -> None:
     with pytest.raises(UserError, match=r"at most half \(search.rows\)"):
         Plan(Request("lora", "sst2", hold_out=(1_000_000, 0)))
-    made = run_data.load(task_files.task_group("sst2"), "embedded", None, True)
-    made.eval_sets[0].rows.train = sources.load(task_files.get("stsb"), "embedded").train
+    data = run_data.load(task_files.task_group("sst2"), "embedded", None, True)
+    data.eval_sets[0].rows.train = sources.load(task_files.get("stsb"), "embedded").train
     with pytest.raises(UserError, match="leave search out"):
-        splits.split(made, hold_out=(4, 0))
+        splits.split(data, hold_out=(4, 0))
 
 
 def test_a_search_ends_in_runs_with_its_best_values(tmp_path) -> None:
     base, sampler = requests()[0], random.choice(["random", "tpe"])
-    made, _ = drive(tmp_path, studies=[Study(search(sampler=sampler), base, [5])])
-    finals = [r for r, _, _ in made.records]
-    assert [r.seed for r in finals] == [5] and not made.lost
+    scheduler, _ = run_sweep(tmp_path, studies=[Study(search(sampler=sampler), base, [5])])
+    finals = [r for r, _, _ in scheduler.records]
+    assert [r.seed for r in finals] == [5] and not scheduler.lost_runs
     trials = [*store.read_all(tmp_path / "tuning")]
     assert len(trials) == 3 and all(t.data["held_out"]["rows"] == [8] and t.score.rows == 8 for t in trials)
     assert not (tmp_path / "tuning" / "adapters").exists() or not [*(tmp_path / "tuning/adapters").iterdir()]
@@ -473,13 +481,13 @@ def test_a_search_ends_in_runs_with_its_best_values(tmp_path) -> None:
         assert all(1e-4 <= lr <= 1e-2 for lr in scores)
     assert {r.score.rows for r in finals} == {4}
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
-    again, _ = drive(tmp_path, studies=[Study(search(sampler=sampler), base, [5])])
+    again, _ = run_sweep(tmp_path, studies=[Study(search(sampler=sampler), base, [5])])
     assert [new for _, _, new in again.records] == [False], "a search that was done is done again"
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")} == before
 
 
-def asked(study: Study, score) -> list[Request]:
-    """Every trial of a study that is told `score(request)`, without running any."""
+def run_trials(study: Study, score) -> list[Request]:
+    """Every trial of a study, which gets `score(request)` as its result; no trial is run."""
     found = []
     while (request := study.ask()) is not None:
         found.append(request)
@@ -498,29 +506,29 @@ def test_every_method_has_the_same_budget() -> None:
     }
     bases = requests(methods="lora,dora")
     studies = [Study(search(trials=4, steps=7, space=space), b, [0]) for b in bases]
-    trials = [asked(s, lambda r: r.train["lr"]) for s in studies]
+    trials = [run_trials(s, lambda r: r.train["lr"]) for s in studies]
     assert [len(t) for t in trials] == [4, 4] and {r.train["steps"] for t in trials for r in t} == {7}
     assert {*trials[0][0].options} == {"r"} and {*trials[1][0].options} == {"r", "targets"}
     assert {r.options["targets"] for r in trials[1]} <= {"q,v", "all"}
-    final = studies[0].settled()[0]
+    final = studies[0].final_requests()[0]
     assert final.train["lr"] == max(r.train["lr"] for r in trials[0])
     assert final.train["steps"] == 2 and final.limit == 4 and final.hold_out is None
 
 
 def test_seconds_end_a_search() -> None:
     study = Study(search(trials=50, seconds=4), requests()[0], [0])
-    assert len(asked(study, lambda r: 0.5)) == 3  # of 1.5 s each: the third begins at 3 s
+    assert len(run_trials(study, lambda r: 0.5)) == 3  # of 1.5 s each: the third begins at 3 s
 
 
-def test_a_search_takes_what_it_is_told_to_the_optimum() -> None:
+def test_a_search_finds_the_optimum() -> None:
     """TPE against a known function: nearer to its optimum than the same number of random draws."""
 
     def miss(sampler: str, seed: int) -> float:
         from math import log10
 
         study = Study(search(trials=30, sampler=sampler, seed=seed), requests()[0], [0])
-        asked(study, lambda r: 1 - abs(log10(r.train["lr"] / 1e-3)))
-        return abs(log10(study.settled()[0].train["lr"] / 1e-3))
+        run_trials(study, lambda r: 1 - abs(log10(r.train["lr"] / 1e-3)))
+        return abs(log10(study.final_requests()[0].train["lr"] / 1e-3))
 
     seed = random.randrange(1000)
     assert miss("tpe", seed) < 0.2, seed
@@ -528,38 +536,40 @@ def test_a_search_takes_what_it_is_told_to_the_optimum() -> None:
 
 def test_failed_trials_count_and_a_search_without_scores_is_reported(tmp_path) -> None:
     study = Study(search(), requests()[0], [0])
-    assert len(asked(study, lambda r: None)) == 3 and study.settled() == []
-    fate = lambda job: Done(job, died="its worker died")  # noqa: E731
-    made, notes = drive(tmp_path, studies=[Study(search(trials=1), requests()[0], [0])], fate=fate)
-    assert made.records == [] and "no trial of 1 gave a score" in made.lost[0] == notes[-1]
+    assert len(run_trials(study, lambda r: None)) == 3 and study.final_requests() == []
+    fake_result = lambda job: JobResult(job, failure="its worker died")  # noqa: E731
+    scheduler, notes = run_sweep(
+        tmp_path, studies=[Study(search(trials=1), requests()[0], [0])], fake_result=fake_result
+    )
+    assert scheduler.records == [] and "no trial of 1 gave a score" in scheduler.lost_runs[0] == notes[-1]
 
 
 def test_without_a_space_the_rate_is_searched_around_the_methods_own() -> None:
     base = requests(methods="lora")[0]
     own = Plan(base).train_config.lr
-    rates = [r.train["lr"] for r in asked(Study(search(space={}, trials=6), base, [0]), lambda r: 0.5)]
+    rates = [r.train["lr"] for r in run_trials(Study(search(space={}, trials=6), base, [0]), lambda r: 0.5)]
     assert all(own / 10 <= lr <= own * 10 for lr in rates) and len({*rates}) == 6
     untrained = Study(search(space={}), requests(methods="none")[0], [0, 1])
-    assert untrained.ask() is None and len(untrained.settled()) == 2, "nothing to search: run as it is"
+    assert untrained.ask() is None and len(untrained.final_requests()) == 2, "nothing to search: run as it is"
 
 
 def test_a_sweep_with_a_search_plans_trials_and_runs(run_cli, tmp_path) -> None:
-    plan = plan_of(run_cli, tmp_path, seeds=[0, 1], search={"trials": 5, "rows": 8})
+    plan = dry_run(run_cli, tmp_path, seeds=[0, 1], search={"trials": 5, "rows": 8})
     assert [(r["kind"], r["times"]) for r in plan["plan"]] == [("trial", 5), ("after the search", 2)]
     assert plan["total"]["runs"] == 7
 
 
 def test_the_plan_of_a_search_says_what_is_on_record(run_cli, tmp_path) -> None:
     keys = {"search": {"trials": 2, "rows": 8, "steps": 2, "sampler": "random"}}
-    wanted = sweep_file.read(written(tmp_path, **keys))
+    wanted = sweep_file.read(write_sweep(tmp_path, **keys))
     study = Study(wanted.search, requests()[0], [0])
     run.run(study.ask(), tmp_path / "out" / "tuning")
-    half = plan_of(run_cli, tmp_path, **keys)["plan"]
+    half = dry_run(run_cli, tmp_path, **keys)["plan"]
     assert [(r["kind"], r["times"], r["state"]) for r in half] == [
         ("trial", 1, "done"), ("trial", 1, "to do"), ("after the search", 1, "to do")
     ]  # fmt: skip
-    drive(tmp_path / "out", studies=[Study(wanted.search, requests()[0], [0])])
-    whole = plan_of(run_cli, tmp_path, **keys)
+    run_sweep(tmp_path / "out", studies=[Study(wanted.search, requests()[0], [0])])
+    whole = dry_run(run_cli, tmp_path, **keys)
     assert [(r["kind"], r["times"], r["state"]) for r in whole["plan"]] == [
         ("trial", 2, "done"), ("run", 1, "done")
     ]  # fmt: skip
@@ -573,7 +583,7 @@ def test_the_plan_of_a_search_says_what_is_on_record(run_cli, tmp_path) -> None:
 def test_the_command_runs_everything_in_workers(tmp_path, broken) -> None:
     import subprocess
 
-    file = written(tmp_path, methods="lora,broken", seeds=[0, 1], set={"r": 2})
+    file = write_sweep(tmp_path, methods="lora,broken", seeds=[0, 1], set={"r": 2})
     line = [sys.executable, "-m", "peftzoo", "sweep", str(file), "--out", str(tmp_path / "out"), "--json",
             "--workers", "2", "--plugin", broken]  # fmt: skip
     done = subprocess.run(line, capture_output=True, text=True, timeout=600)
