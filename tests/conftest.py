@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def run_cli(monkeypatch, capsys):
-    """say("list methods") -> (exit code, standard output, standard error), in this process."""
+    """run_cli("list methods") -> (exit code, standard output, standard error), in this process."""
 
     from peftzoo import cli
 

@@ -40,7 +40,10 @@ def bare(loaded: models.Loaded, asked: list[Any]) -> None:
     lm = LanguageModel(loaded.model, tokenizer, BATCH, None)
     for start in range(0, len(prompts), BATCH):
         rows = prompts[start : start + BATCH]
-        ids, mask = lm._padded(rows, tokenizer.pad_token_id), lm._padded([[1] * len(row) for row in rows])
+        ids, mask = (
+            lm._left_padded(rows, tokenizer.pad_token_id),
+            lm._left_padded([[1] * len(row) for row in rows]),
+        )
         loaded.model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.pad_token_id,
@@ -62,7 +65,7 @@ def generation(loaded: models.Loaded, asked: list[Any]) -> dict[str, float]:
     """Ours twice: as it is, and with a stop string that no answer holds: every row is as long as bare's."""
     endless = [_without_stops(r) for r in asked]
     lm, long = (LanguageModel(loaded.model, loaded.tokenizer, BATCH, None) for _ in range(2))
-    long._ends = set()
+    long._end_tokens = set()
     return in_turn(
         bare=lambda: bare(loaded, asked),
         whole=lambda: long.generate_until(endless),

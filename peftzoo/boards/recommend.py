@@ -17,12 +17,12 @@ from peftzoo.records.schema import Record
 class Advice:
     """The tables of matching tasks with their rows within the budget, best first.
 
-    `beyond` counts rows above the budget, `unknown` rows whose cost is not on record; `missing` are sentences
-    on what was not measured.
+    `over_budget` counts rows above the budget, `unknown` rows whose cost is not on record; `missing` are
+    sentences on what was not measured.
     """
 
     tables: list[tuple[dict[str, Any], pd.DataFrame]] = field(default_factory=list)
-    beyond: int = 0
+    over_budget: int = 0
     unknown: int = 0
     missing: list[str] = field(default_factory=list)
 
@@ -61,7 +61,7 @@ def recommend(records: list[Record], model: str, task: str, max_trainable: int |
                 untrained = (column == "memory_mib") & (table["trained"] == 0)  # nothing to measure
                 unknown_cost |= table[column].isna() & ~untrained
                 over_budget |= table[column] > limit
-        advice.beyond += int(over_budget.sum())
+        advice.over_budget += int(over_budget.sum())
         advice.unknown += int((unknown_cost & ~over_budget).sum())
         if len(within := table[~over_budget & ~unknown_cost & table["score"].notna()]):
             advice.tables.append((shared, within))

@@ -64,7 +64,7 @@ def _presets_with_options(method: str, task: str) -> list[tuple[str, Preset, dic
     result = []
     for name, preset in presets(cls).items():
         try:
-            options = configure(cls, preset.chosen(task)).config.model_dump(mode="json")
+            options = configure(cls, preset.options_for(task)).config.model_dump(mode="json")
         except UserError:  # some options need a value that only a run fills in
             continue
         result.append((name, preset, options))
@@ -75,7 +75,7 @@ def _has_settings(r: Record, preset: Preset, options: dict[str, Any]) -> bool:
     """Whether the run used these options and the preset's training settings (epochs counted as steps)."""
     if r.method_config != options:
         return False
-    expected = preset.training(r.task, {})
+    expected = preset.train_fields_for(r.task, {})
     epochs = expected.pop("epochs", None)
     if epochs is not None:
         train = r.data["files"].get("train")

@@ -101,11 +101,12 @@ def _group_row(task_group: Any) -> dict[str, Any]:
         for t in embedded
     )
     heads = {t.extra.head.kind for t in members if t.extra.head}
+    available = [sources.available_sources(t, mirror) for t in members]
     return {
         "suite": about.suite, "name": task_group.name, "title": about.title, "metric": metric,
         "protocol": [about.protocol, *about.protocols], "causal": members[0].extra.causal,
         "head": "/".join(sorted(heads)) or None, "embedded_rows": rows or None,
-        "sources": [s for s in sources.SOURCES if all(s in sources.sources(t, mirror) for t in members)],
+        "sources": [s for s in sources.SOURCES if all(s in found for found in available)],
     }  # fmt: skip
 
 

@@ -63,7 +63,9 @@ def profile(
                 batch_size=batch_size, length=length,
             )  # fmt: skip
     if out is not None:
-        write_atomically(out, engine.page(rows, _command(), _conditions(rounds, batch_size, length)).encode())
+        write_atomically(
+            out, engine.markdown_page(rows, _command(), _conditions(rounds, batch_size, length)).encode()
+        )
         output.note(f"wrote {out}")
     if json:
         output.print_json(rows)

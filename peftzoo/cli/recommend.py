@@ -54,7 +54,7 @@ def recommend(
     advice = engine.recommend(records, model, task_like, *limits)
     if json:
         output.print_json({
-            "tables": formats.as_rows(advice.tables), "beyond_budget": advice.beyond,
+            "tables": formats.as_rows(advice.tables), "beyond_budget": advice.over_budget,
             "unknown_cost": advice.unknown, "missing": advice.missing,
         })  # fmt: skip
         return
@@ -74,7 +74,7 @@ def recommend(
         output.print_table(title, columns, rows, right=("rank", *columns[2:-1]))
     if not advice.tables:
         print("No measured row is within this budget.")
-    print(f"Beyond the budget: {advice.beyond} rows; cost not on record: {advice.unknown} rows.")
+    print(f"Beyond the budget: {advice.over_budget} rows; cost not on record: {advice.unknown} rows.")
     for line in advice.missing:
         print(f"Missing: {line}.")
 

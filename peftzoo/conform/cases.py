@@ -64,7 +64,7 @@ def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @functools.lru_cache
-def _base(arch: str) -> nn.Module:
+def base_model(arch: str) -> nn.Module:
     return randomize_weights(build(arch))
 
 
@@ -107,7 +107,7 @@ class Case:
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A new model of the architecture, with the same weights every time."""
-        return copy.deepcopy(_base(self.arch)).to(dtype)
+        return copy.deepcopy(base_model(self.arch)).to(dtype)
 
     def attach(self, model: nn.Module | None = None, **kwargs: Any) -> Attached:
         """The method attached with its options for narrow models (`tiny`), in eval mode."""

@@ -17,7 +17,7 @@ from types import ModuleType
 from peftzoo.contract import former_names
 from peftzoo.errors import UserError, unknown
 
-_extra: dict[str, type] = {}
+_plugin_files: dict[str, type] = {}
 """Methods from files named on the command line (`--plugin`)."""
 LIBRARIES, FORMER_LIBRARIES = "peftzoo.libraries", "peftzoo.neighbours"
 """Groups of entry points."""
@@ -51,13 +51,13 @@ def _installed_methods() -> dict[str, EntryPoint]:
 
 def methods() -> list[str]:
     """Names of all methods, sorted."""
-    return sorted({*_builtin_methods(), *_installed_methods(), *_extra})
+    return sorted({*_builtin_methods(), *_installed_methods(), *_plugin_files})
 
 
 def get(name: str) -> type:
     """The `Adapter` class of a method. Raises `UserError` with the closest name for an unknown one."""
-    if name in _extra:
-        return _extra[name]
+    if name in _plugin_files:
+        return _plugin_files[name]
     if name in (builtin := _builtin_methods()):
         return adapter_in(importlib.import_module(builtin[name]), name)
     if name in (installed := _installed_methods()):
@@ -102,7 +102,7 @@ def add_file(path: str | Path) -> type:
     cls = adapter_in(module)
     if cls.name in {*_builtin_methods(), *_installed_methods()}:
         raise UserError(f'plugin "{path}": the name "{cls.name}" is taken; choose another')
-    _extra[cls.name] = cls
+    _plugin_files[cls.name] = cls
     return cls
 
 

@@ -88,7 +88,7 @@ def load(folder: Path, model: str | None = None) -> OpenedAdapter:
     loaded = models.load(name, head=head_of({n[5:]: t for n, t in tensors.items() if n.startswith("head.")}))
     if prune := card.get("prune"):
         settings = pruning.Pruning.parse(prune)
-        if settings.how != "magnitude":
+        if settings.criterion != "magnitude":
             raise UserError(
                 f"the base of this run was pruned with data ({prune}), which is not saved: export another run"
             )

@@ -181,7 +181,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(v.numel() * v.element_size() for s in states for v in s.values() if isinstance(v, Tensor))
 
 
-def quantiles(seconds: list[float]) -> dict[str, float | None]:
+def step_time_quantiles(seconds: list[float]) -> dict[str, float | None]:
     """Median and 90th percentile of these times (seconds), in milliseconds; None where there are none."""
     if not seconds:
         return {"median_ms": None, "p90_ms": None}
@@ -192,7 +192,7 @@ def quantiles(seconds: list[float]) -> dict[str, float | None]:
     return {"median_ms": round(statistics.median(ordered) * 1e3, 3), "p90_ms": round(p90 * 1e3, 3)}
 
 
-def curve(losses: list[float], points: int = 50) -> list[float] | None:
+def loss_curve(losses: list[float], points: int = 50) -> list[float] | None:
     """The loss curve: means over at most `points` equal intervals of steps, up to the first loss that is not
     finite; None where no loss is left."""
     losses = list(takewhile(math.isfinite, losses))

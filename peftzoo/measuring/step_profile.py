@@ -91,7 +91,7 @@ def _reason(error: Exception) -> str:
 
 
 @dataclass
-class Contender:
+class ProfiledStep:
     """A training step to measure, the number of parameters that it trains, and its modules.
 
     The parameters and buffers of the modules exist between steps and do not count as saved for backward.
@@ -129,7 +129,7 @@ def _row(
     return {key: row[key] for key in _empty_row(name)}
 
 
-def _floor_step(model: nn.Module, ids: Tensor) -> Contender:
+def _floor_step(model: nn.Module, ids: Tensor) -> ProfiledStep:
     """The frozen model with one trained scalar at the embedding."""
     model.requires_grad_(False)
     embed, scale = model.get_input_embeddings(), nn.Parameter(torch.ones((), device=ids.device))
@@ -139,10 +139,10 @@ def _floor_step(model: nn.Module, ids: Tensor) -> Contender:
         model(inputs_embeds=x * scale.to(x.dtype), labels=ids).loss.backward()
         scale.grad = None
 
-    return Contender(step, 1, [model])
+    return ProfiledStep(step, 1, [model])
 
 
-def _own_step(handle: Attached, ids: Tensor) -> Contender:
+def _own_step(handle: Attached, ids: Tensor) -> ProfiledStep:
     """The attached method, trained with its own optimiser."""
     model, adapter = handle.model, handle.adapter
     optimizer = handle.optimizer() if handle.parameters() else None
@@ -157,10 +157,10 @@ def _own_step(handle: Attached, ids: Tensor) -> Contender:
         adapter.after_step(1, 1_000_000)
         optimizer.zero_grad()
 
-    return Contender(step, handle.trainable_count(), [model, adapter])
+    return ProfiledStep(step, handle.trainable_count(), [model, adapter])
 
 
-def _peft_step(model: nn.Module, ids: Tensor, handle: Attached) -> Contender:
+def _peft_step(model: nn.Module, ids: Tensor, handle: Attached) -> ProfiledStep:
     """HF PEFT's implementation of the attached method, trained with AdamW."""
     import peft
 
@@ -176,7 +176,7 @@ def _peft_step(model: nn.Module, ids: Tensor, handle: Attached) -> Contender:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contender(step, sum(p.numel() for p in trainable), [model])
+    return ProfiledStep(step, sum(p.numel() for p in trainable), [model])
 
 
 def interleaved_times(
@@ -196,7 +196,7 @@ def interleaved_times(
     return times
 
 
-def saved_mib(contender: Contender) -> float:
+def saved_mib(contender: ProfiledStep) -> float:
     """MiB that autograd saves for backward: distinct storages, without those of parameters and buffers."""
     own = set()
     for module in contender.modules:
@@ -221,7 +221,7 @@ def saved_mib(contender: Contender) -> float:
 # -- the page -----------------------------------------------------------------------------------------
 
 
-def page(rows: list[dict[str, Any]], command: str, about: str) -> str:
+def markdown_page(rows: list[dict[str, Any]], command: str, about: str) -> str:
     """The rows as a Markdown page: ours beside PEFT's, and the geometric mean of ours / PEFT.
 
     `command` and `about` (the machine and the settings) stand at its top.

@@ -29,7 +29,7 @@ BATCHES = 16
 class Pruning:
     """What is set to zero: a `share` of the weights, or of every `group` adjacent weights in a row."""
 
-    how: str
+    criterion: str
     share: float
     group: int = 0
 
@@ -39,17 +39,19 @@ class Pruning:
 
         Raises `UserError` for an unknown criterion and for a share outside (0, 1).
         """
-        how, _, amount = text.partition(":")
-        if how not in CRITERIA:
-            raise unknown("pruning", how, CRITERIA)
+        criterion, _, amount = text.partition(":")
+        if criterion not in CRITERIA:
+            raise unknown("pruning", criterion, CRITERIA)
         if match := re.fullmatch(r"(\d+):(\d+)", amount):
             n, m = int(match[1]), int(match[2])
             share, group = (n / m, m) if m else (0.0, 0)
         else:
             share, group = (float(amount) if re.fullmatch(r"0?\.\d+", amount) else 0.0), 0
         if not 0 < share < 1:
-            raise UserError(f'--prune "{text}": write {how}:0.5 (a share between 0 and 1) or {how}:2:4')
-        return cls(how, share, group)
+            raise UserError(
+                f'--prune "{text}": write {criterion}:0.5 (a share between 0 and 1) or {criterion}:2:4'
+            )
+        return cls(criterion, share, group)
 
 
 def prune(model: nn.Module, pruning: Pruning, batches: Callable[[], Iterable[dict[str, Tensor]]]) -> float:
@@ -59,7 +61,7 @@ def prune(model: nn.Module, pruning: Pruning, batches: Callable[[], Iterable[dic
     inputs.
     """
     sites = find_sites(model, ("all",), LINEAR)
-    if pruning.how == "magnitude":
+    if pruning.criterion == "magnitude":
         for site in sites:
             _zero_smallest(site, site.weight.abs(), pruning, per_matrix=not pruning.group)
     else:

@@ -70,11 +70,11 @@ class Preset(BaseModel):
             parse_count(printed)
         return value
 
-    def chosen(self, task: str) -> dict[str, Any]:
+    def options_for(self, task: str) -> dict[str, Any]:
         """The method's options for one task: the preset's own, overridden by those of the task."""
         return self.options | self.tasks.get(task, {}).get("options", {})
 
-    def training(self, task: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    def train_fields_for(self, task: str, overrides: dict[str, Any]) -> dict[str, Any]:
         """Values of `TrainConfig` fields (or `epochs`) for one task; the user's `overrides` come last."""
         fields = self.train | _without_options(self.tasks.get(task, {}))
         if overrides.keys() & {"steps", "epochs"}:  # either one sets the length

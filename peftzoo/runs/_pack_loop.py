@@ -58,7 +58,7 @@ class PackLoop:
             self.model.train()
             for loop in self.loops:
                 loop.attached.adapter.train()
-                loop.out.seconds, loop.out.step_seconds, loop.out.counted_tokens = None, [], 0
+                loop.stats.seconds, loop.stats.step_seconds, loop.stats.counted_tokens = None, [], 0
             with counters.PeakMemory(device) as peak:
                 for step in range(1, total + 1):
                     if not (active := self._active_runs(step)):
@@ -75,7 +75,7 @@ class PackLoop:
     def _active_runs(self, step: int) -> dict[int, int]:
         """The runs that take part in this step of the pack: index of the run -> the run's own step."""
         own_steps = {
-            i: loop.out.resumed_at + step for i, loop in enumerate(self.loops) if i not in self.failures
+            i: loop.stats.resumed_at + step for i, loop in enumerate(self.loops) if i not in self.failures
         }
         return {i: own_step for i, own_step in own_steps.items() if own_step <= self.loops[i].config.steps}
 
@@ -91,7 +91,7 @@ class PackLoop:
         for i, own_step in active.items():
             try:
                 self.loops[i].update(own_step, mean_losses[i])
-                self.loops[i].out.losses.append(mean_losses[i])
+                self.loops[i].stats.losses.append(mean_losses[i])
             except NonFinite as error:
                 self.failures[i] = str(error)
                 self.loops[i].optimizer.zero_grad()
@@ -114,7 +114,7 @@ class PackLoop:
         loop = self.loops[0]
         with self.pack.rows_per_member([row_counts.get(i, 0) for i in range(len(self.loops))]):
             with loop.autocast():
-                sums, token_counts = losses.by_slice(self.model, batch, list(row_counts.values()))
+                sums, token_counts = losses.loss_sums_by_run(self.model, batch, list(row_counts.values()))
                 means = {i: s / max(n, 1) for i, s, n in zip(row_counts, sums, token_counts, strict=True)}
                 objectives = {i: means[i] + self.loops[i].attached.adapter.penalty() for i in row_counts}
             finite = {i: objective for i, objective in objectives.items() if torch.isfinite(objective)}

@@ -174,7 +174,7 @@ def train(
     for index, s in enumerate(seen):
         start, count = len(rows), len(s.rows.train)
         steps = -(-config.steps // len(seen))
-        plan = batches.plan([0] * count, steps, config.batch_size, seed + index)
+        plan = batches.batch_order([0] * count, steps, config.batch_size, seed + index)
         task_batches.append([[start + i for i in batch] for batch in plan])
         rows += [(s, i) for i in range(count)]
     loop = Loop(

@@ -249,7 +249,7 @@ class Packer:
     ) -> RunResult:
         """Score the run, unless `scores` are known, and write its record."""
         runner, record, outcomes = member.runner, member.runner.record, []
-        runner.record_training(member.loop.out)
+        runner.record_training(member.loop.stats)
         record.memory, record.step_time = {}, {}  # only those of the whole pack are measured
         record.packed = {"runs": len(pack.loops)} | {k: v for k, v in pack.memory.items() if v is not None}
         if pack.step_seconds:
@@ -295,7 +295,7 @@ def bytes_needed(loop: Loop) -> int:
     finally:
         loop.attached.model.eval()
     trained_bytes = sum(p.numel() * p.element_size() for p in loop.params)
-    return 4 * trained_bytes + loop.out.memory["saved_for_backward"]
+    return 4 * trained_bytes + loop.stats.memory["saved_for_backward"]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -98,7 +98,7 @@ class Plan:
     def _options(self) -> dict[str, Any]:
         """Options of the method: those of the task, overridden by the preset, overridden by the request."""
         from_task = {"description": self.task_group.instruction} if self.cls.described else {}
-        return from_task | self.preset.chosen(self.task_group.name) | self.request.options
+        return from_task | self.preset.options_for(self.task_group.name) | self.request.options
 
     def _data(self) -> run_data.RunData:
         """Load and split the rows; sets `source`, and `retention_set`, the rows of the retention task."""
@@ -189,7 +189,7 @@ class Plan:
         fields |= {"train_on_prompt": s.train_on_prompt, "precision": precision}
         fields |= {"lr": self.cls.lr * s.lr_scale}
         overrides = {k: v for k, v in r.train.items() if v is not None}
-        fields |= self.preset.training(self.task_group.name, overrides)
+        fields |= self.preset.train_fields_for(self.task_group.name, overrides)
         epochs = fields.pop("epochs", None)
         if not self.cls.trains:
             fields["steps"], epochs = 0, None

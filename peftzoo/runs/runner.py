@@ -64,7 +64,7 @@ class Runner:
         try:
             self.record_training(loop.run())
         except NonFinite:
-            self.record_training(loop.out)
+            self.record_training(loop.stats)
             raise
         return self.finish()
 
@@ -105,7 +105,7 @@ class Runner:
         )
         return (GradientFreeLoop if plan.cls.searches else Loop)(
             attached, examples, plan.train_config, pad=tokenizer.pad_token_id, accelerator=accelerator,
-            seed=r.seed, on_step=self.on_step, save_to=self.checkpoint, save_every=r.save_every,
+            seed=r.seed, on_step=self.on_step, checkpoint_path=self.checkpoint, save_every=r.save_every,
             eval_at=eval_at, on_eval=self.best,
         )  # fmt: skip
 
@@ -210,7 +210,7 @@ class Runner:
         """Yield training batches, (B, T), in seeded order, for pruning and for initialisation from data."""
         device, pad = next(self.loaded.model.parameters()).device, self.loaded.tokenizer.pad_token_id
         steps = max(len(examples) // batch_size, 1)
-        for rows in batches.plan([0] * len(examples), steps, batch_size, self.plan.request.seed):
+        for rows in batches.batch_order([0] * len(examples), steps, batch_size, self.plan.request.seed):
             yield {k: t.to(device) for k, t in batches.collate([examples[i] for i in rows], pad).items()}
 
     # -- filling the record -------------------------------------------------------------------------
@@ -230,13 +230,13 @@ class Runner:
         record.final_loss = (
             round(sum(stats.losses[-10:]) / len(stats.losses[-10:]), 6) if stats.losses else None
         )
-        record.loss_curve = counters.curve(stats.losses)
+        record.loss_curve = counters.loss_curve(stats.losses)
         record.micro_batch, record.out_of_memory_halvings = stats.micro_batch, stats.halved
         record.resumed_at, record.memory = stats.resumed_at, stats.memory
         if stats.memory.get("weights"):
             summands = ("weights", "gradients", "optimizer", "saved_for_backward")
             record.memory["computed_total"] = sum(stats.memory.get(s) or 0 for s in summands)
-        record.step_time = counters.quantiles(stats.step_seconds)
+        record.step_time = counters.step_time_quantiles(stats.step_seconds)
         record.tokens_per_second = round(stats.counted_tokens / seconds, 1) if seconds else None
         record.train_seconds = None if stats.seconds is None else round(stats.seconds, 3)
         record.energy_joules = stats.energy_joules

@@ -106,7 +106,7 @@ class LanguageModel(TemplateLM):
         self._supports_branches: bool | None = None if "position_ids" in self._optional_inputs else False
         self.max_length = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
         ends = model.generation_config.eos_token_id
-        self._ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        self._end_tokens = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     @property
     def eot_token_id(self) -> int:
@@ -154,7 +154,7 @@ class LanguageModel(TemplateLM):
             logits = self.model(input_ids=ids, attention_mask=mask, **inputs).logits
         return logits[:, -keep:]
 
-    def _padded(self, rows: Sequence[list[int]], pad: int = 0) -> Tensor:
+    def _left_padded(self, rows: Sequence[list[int]], pad: int = 0) -> Tensor:
         """Rows of integers as one tensor (B, length of the longest), padded on the left."""
         width = max(map(len, rows))
         return torch.tensor([[pad] * (width - len(row)) + row for row in rows]).to(self._device)
@@ -209,8 +209,11 @@ class LanguageModel(TemplateLM):
         """Every member of these groups with its log-probability and whether it is the greedy choice."""
         groups = sorted(batch, key=lambda g: g.owner)
         rows = [g.row() for g in groups]
-        ids = self._padded([row for row, _, _ in rows], self.tokenizer.pad_token_id or 0)
-        positions, branches = self._padded([r[1] for r in rows]), self._padded([r[2] for r in rows], -1)
+        ids = self._left_padded([row for row, _, _ in rows], self.tokenizer.pad_token_id or 0)
+        positions, branches = (
+            self._left_padded([r[1] for r in rows]),
+            self._left_padded([r[2] for r in rows], -1),
+        )
         keep = max(g.row_length - min(map(min, g.logit_positions())) for g in groups)
         mask = (branches >= 0).long()
         if any(g.branched for g in groups):
@@ -269,15 +272,15 @@ class LanguageModel(TemplateLM):
         """New tokens of each prompt, without the end token."""
         new_tokens: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
-        ids = self._padded(prompts, self.tokenizer.pad_token_id or 0)
-        mask = self._padded([[1] * len(p) for p in prompts])
+        ids = self._left_padded(prompts, self.tokenizer.pad_token_id or 0)
+        mask = self._left_padded([[1] * len(p) for p in prompts])
         cache, tail_length = DynamicCache(), STOP_MARGIN + max((len(s) for s in stops), default=0)
         for _ in range(max_new_tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             active_owners = [owners[i] for i in active]
             next_ids = self._forward(ids, mask, positions, 1, active_owners, cache)[:, -1].argmax(-1)
             tokens = next_ids.tolist()
-            unfinished = [i for i, token in enumerate(tokens) if token not in self._ends]
+            unfinished = [i for i, token in enumerate(tokens) if token not in self._end_tokens]
             for i in unfinished:
                 new_tokens[active[i]].append(tokens[i])
             tails = {i: self.tokenizer.decode(new_tokens[active[i]][-tail_length:]) for i in unfinished}

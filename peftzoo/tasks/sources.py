@@ -123,7 +123,7 @@ def load(task: task_files.Task, source: str, mirror: Path | None = None, trains:
     return rows
 
 
-def sources(task: task_files.Task, mirror: Path | None) -> list[str]:
+def available_sources(task: task_files.Task, mirror: Path | None) -> list[str]:
     """The sources that the task's scored rows may come from.
 
     The mirror is among them only if its file exists; the Hub always is. Nothing is read.

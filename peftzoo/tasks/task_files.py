@@ -78,7 +78,7 @@ def groups() -> dict[str, tuple[str, ...]]:
 
 
 @lru_cache
-def _together(name: str) -> TaskGroup | None:
+def _jointly_trained(name: str) -> TaskGroup | None:
     """The group `name` if its tasks are trained together (its file has `metadata.peftzoo`), else None."""
     raw = _includes.read(_paths()[name])
     meta = raw.get("metadata") or {}
@@ -95,7 +95,7 @@ def _together(name: str) -> TaskGroup | None:
 
 def task_group(name: str) -> TaskGroup:
     """What a run of `name` trains on and is scored on. Raises `UserError` for a group of separate tasks."""
-    if name in _groups() and (trained_together := _together(name)):
+    if name in _groups() and (trained_together := _jointly_trained(name)):
         return trained_together
     task = get(name)
     return TaskGroup(task.name, task.version, task.extra, (task,))
@@ -105,7 +105,7 @@ def expand(names: Iterable[str]) -> list[str]:
     """The same names with each group of separate tasks replaced by these, each name once."""
 
     def members(name: str) -> Iterable[str]:
-        separate = name in _groups() and not _together(name)
+        separate = name in _groups() and not _jointly_trained(name)
         return (t for member in _groups()[name] for t in members(member)) if separate else (name,)
 
     return list(dict.fromkeys(t for name in names for t in members(name)))

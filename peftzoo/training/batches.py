@@ -55,7 +55,7 @@ def shuffled(n: int, seed: int, epochs: int) -> list[int]:
     return [i for _ in range(epochs) for i in torch.randperm(n, generator=g).tolist()]
 
 
-def plan(lengths: list[int], steps: int, batch_size: int, seed: int) -> list[list[int]]:
+def batch_order(lengths: list[int], steps: int, batch_size: int, seed: int) -> list[list[int]]:
     """The example numbers of each step's batch: shuffled, then sorted by length within windows of batches.
 
     `lengths`: tokens of each example.

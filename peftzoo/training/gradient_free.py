@@ -22,9 +22,9 @@ class GradientFreeLoop(Loop):
 
     def run(self) -> TrainingStats:
         """Run the method's search. A loss that is not finite is no error: the method decides about it."""
-        out, total, adapter = self.out, self.config.steps, self.attached.adapter
+        stats, total, adapter = self.stats, self.config.steps, self.attached.adapter
         if not total:
-            return out
+            return stats
         rows = shuffled(len(self.examples), self.seed, 1)[: self.config.batch_size]
         self.attached.model.eval()
         adapter.eval()
@@ -33,10 +33,10 @@ class GradientFreeLoop(Loop):
             counters.Energy(self.accelerator.device) as energy,
         ):
             adapter.search(lambda: self._evaluate_loss(rows), len(rows), total)
-        out.memory |= peak.bytes | {"weights": counters.weight_bytes(self.attached)}
-        out.memory |= dict.fromkeys(("gradients", "optimizer", "saved_for_backward"), 0)
-        out.energy_joules = energy.joules
-        return out
+        stats.memory |= peak.bytes | {"weights": counters.weight_bytes(self.attached)}
+        stats.memory |= dict.fromkeys(("gradients", "optimizer", "saved_for_backward"), 0)
+        stats.energy_joules = energy.joules
+        return stats
 
     @torch.no_grad()
     def _evaluate_loss(self, rows: list[int]) -> float:
@@ -48,14 +48,14 @@ class GradientFreeLoop(Loop):
         with self.autocast():
             total = sum(float(module(batch)) for batch in batches)
         loss = total / max(sum(map(losses.target_count, batches)), 1)
-        out, seconds = self.out, time.perf_counter() - begin
+        stats, seconds = self.stats, time.perf_counter() - begin
         tokens = sum(int(b["attention_mask"].sum()) for b in batches)
-        out.losses.append(loss)
-        out.tokens += tokens
-        out.seconds += seconds
-        if len(out.losses) > UNTIMED_STEPS:
-            out.step_seconds.append(seconds)
-            out.counted_tokens += tokens
+        stats.losses.append(loss)
+        stats.tokens += tokens
+        stats.seconds += seconds
+        if len(stats.losses) > UNTIMED_STEPS:
+            stats.step_seconds.append(seconds)
+            stats.counted_tokens += tokens
         if self.on_step:
-            self.on_step(len(out.losses), self.config.steps, loss, tokens / seconds)
+            self.on_step(len(stats.losses), self.config.steps, loss, tokens / seconds)
         return loss

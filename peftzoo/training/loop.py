@@ -16,7 +16,7 @@ from torch import nn
 from peftzoo.adapters import Attached
 from peftzoo.measuring import counters
 from peftzoo.training import checkpoints, losses
-from peftzoo.training.batches import Example, collate, plan
+from peftzoo.training.batches import Example, batch_order, collate
 from peftzoo.training.config import TrainConfig
 
 UNTIMED_STEPS = 3
@@ -66,7 +66,7 @@ class Trainable(nn.Module):
 
 
 class Loop:
-    """Trains one attached adapter on a list of examples; `out` holds what is measured.
+    """Trains one attached adapter on a list of examples; `stats` holds what is measured.
 
     `pad` is the padding token's id. With `save_to`, a checkpoint is written there every `save_every` steps,
     and the next run goes on from it. `order`: the example numbers of each step, in place of an order drawn
@@ -84,7 +84,7 @@ class Loop:
         accelerator: Any,
         seed: int = 0,
         on_step: Callable[[int, int, float, float], None] | None = None,
-        save_to: Path | None = None,
+        checkpoint_path: Path | None = None,
         save_every: int = 50,
         order: list[list[int]] | None = None,
         on_batch: Callable[[list[int]], None] = lambda rows: None,
@@ -95,7 +95,7 @@ class Loop:
 
         self.attached, self.examples, self.config, self.pad = attached, examples, config, pad
         self.accelerator, self.on_step = accelerator, on_step
-        self.save_to, self.save_every = save_to, save_every
+        self.checkpoint_path, self.save_every = checkpoint_path, save_every
         self.seed, self.batches, self.on_batch = seed, order or self._batch_order(seed), on_batch
         self.eval_at, self.on_eval = frozenset(eval_at), on_eval
         optimizer = attached.optimizer(config.lr, config.head_lr)
@@ -105,24 +105,26 @@ class Loop:
             self.module, self.optimizer = accelerator.prepare(self.module, optimizer)
         warmup_steps = math.ceil(config.warmup * config.steps)
         self.scheduler = get_scheduler(config.schedule, optimizer, warmup_steps, config.steps)
-        self.out = TrainingStats(micro_batch=config.micro_batch or self._rows_per_process())
+        self.stats = TrainingStats(micro_batch=config.micro_batch or self._rows_per_process())
 
     def _batch_order(self, seed: int) -> list[list[int]]:
         """The example numbers of each step; only the examples in use are tokenised to sort by length."""
         c, rows = self.config, len(self.examples)
-        unsorted = plan([0] * rows, c.steps, c.batch_size, seed)  # uses the same rows as the sorted plan
+        unsorted = batch_order(
+            [0] * rows, c.steps, c.batch_size, seed
+        )  # uses the same rows as the sorted plan
         lengths = {i: len(self.examples[i].ids) for batch in unsorted for i in batch}
-        return plan([lengths.get(i, 0) for i in range(rows)], c.steps, c.batch_size, seed)
+        return batch_order([lengths.get(i, 0) for i in range(rows)], c.steps, c.batch_size, seed)
 
     def _rows_per_process(self) -> int:
         """Examples of a batch per process, rounded up."""
         return -(-self.config.batch_size // self.accelerator.num_processes)
 
     def run(self) -> TrainingStats:
-        """Train. Raises `NonFinite`, with what was measured until then in `self.out`."""
-        out, total = self.out, self.config.steps
+        """Train. Raises `NonFinite`, with what was measured until then in `self.stats`."""
+        stats, total = self.stats, self.config.steps
         if not self.params or not total:
-            return out
+            return stats
         torch.manual_seed(self.seed)
         start = self.resume()
         self.module.train()
@@ -139,10 +141,10 @@ class Loop:
                 self.save(step)
         self.attached.model.eval()
         self.attached.adapter.eval()
-        out.memory |= peak.bytes | {"optimizer": counters.optimizer_bytes(self.optimizer)}
-        out.memory["gradients"] = sum(p.numel() * p.element_size() for p in self.params)
-        out.energy_joules = None if start else energy.joules  # a resumed run measures only its last part
-        return out
+        stats.memory |= peak.bytes | {"optimizer": counters.optimizer_bytes(self.optimizer)}
+        stats.memory["gradients"] = sum(p.numel() * p.element_size() for p in self.params)
+        stats.energy_joules = None if start else energy.joules  # a resumed run measures only its last part
+        return stats
 
     def _evaluate(self, step: int) -> None:
         """Call `on_eval` with model and adapter in eval mode; the training's random state does not change."""
@@ -163,13 +165,13 @@ class Loop:
         self.update(step, loss)
         counters.synchronize(self.accelerator.device)
         seconds = time.perf_counter() - begin
-        out = self.out
-        out.losses.append(loss)
-        out.tokens += tokens
-        out.seconds = None if out.seconds is None else out.seconds + seconds
-        if step > out.resumed_at + UNTIMED_STEPS:
-            out.step_seconds.append(seconds)
-            out.counted_tokens += tokens
+        stats = self.stats
+        stats.losses.append(loss)
+        stats.tokens += tokens
+        stats.seconds = None if stats.seconds is None else stats.seconds + seconds
+        if step > stats.resumed_at + UNTIMED_STEPS:
+            stats.step_seconds.append(seconds)
+            stats.counted_tokens += tokens
         if self.on_step:
             self.on_step(step, total, loss, tokens / seconds)
 
@@ -201,13 +203,13 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if (
                     not _is_out_of_memory(error)
-                    or self.out.micro_batch == 1
+                    or self.stats.micro_batch == 1
                     or self.accelerator.num_processes > 1
                 ):
                     raise
             self.optimizer.zero_grad()
-            self.out.micro_batch = max(self.out.micro_batch // 2, 1)
-            self.out.halved += 1
+            self.stats.micro_batch = max(self.stats.micro_batch // 2, 1)
+            self.stats.halved += 1
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if function != self.probe:
@@ -222,8 +224,8 @@ class Loop:
         own_rows = rows[accelerator.process_index :: accelerator.num_processes] or rows[:1]
         weight = 1.0 if rows[accelerator.process_index :: accelerator.num_processes] else 0.0
         batches = [
-            self._batch(own_rows[i : i + self.out.micro_batch])
-            for i in range(0, len(own_rows), self.out.micro_batch)
+            self._batch(own_rows[i : i + self.stats.micro_batch])
+            for i in range(0, len(own_rows), self.stats.micro_batch)
         ]
         totals = torch.tensor(
             [
@@ -258,35 +260,45 @@ class Loop:
     def probe(self) -> None:
         """Measure the bytes that a forward pass saves for backward, on copies of the longest example."""
         longest = max((i for b in self.batches for i in b), key=lambda i: len(self.examples[i].ids))
-        batch = self._batch([longest] * self.out.micro_batch)
+        batch = self._batch([longest] * self.stats.micro_batch)
         module = self.accelerator.unwrap_model(self.module)
         with torch.random.fork_rng(), self.autocast():
             saved = counters.saved_bytes(lambda: module(batch), self.attached)
-        self.out.memory |= {"saved_for_backward": saved, "weights": counters.weight_bytes(self.attached)}
+        self.stats.memory |= {"saved_for_backward": saved, "weights": counters.weight_bytes(self.attached)}
 
     def resume(self) -> int:
         """Restore the checkpoint, if there is one, and return its step; else 0."""
-        saved = self.save_to and checkpoints.load(self.save_to, self.attached, self.optimizer, self.scheduler)
+        saved = self.checkpoint_path and checkpoints.load(
+            self.checkpoint_path, self.attached, self.optimizer, self.scheduler
+        )
         if not saved:
             return 0
-        out = self.out
-        out.losses, out.step_seconds, out.seconds = saved["losses"], saved["step_seconds"], saved["seconds"]
-        out.tokens, out.counted_tokens = saved["tokens"], saved["counted_tokens"]
-        out.resumed_at, out.micro_batch, out.halved = saved["step"], saved["micro_batch"], saved["halved"]
+        stats = self.stats
+        stats.losses, stats.step_seconds, stats.seconds = (
+            saved["losses"],
+            saved["step_seconds"],
+            saved["seconds"],
+        )
+        stats.tokens, stats.counted_tokens = saved["tokens"], saved["counted_tokens"]
+        stats.resumed_at, stats.micro_batch, stats.halved = (
+            saved["step"],
+            saved["micro_batch"],
+            saved["halved"],
+        )
         return saved["step"]
 
     def save(self, step: int) -> None:
         """Write a checkpoint if this step is a multiple of `save_every` and not the last."""
-        if not self.save_to or step % self.save_every or step >= self.config.steps:
+        if not self.checkpoint_path or step % self.save_every or step >= self.config.steps:
             return
-        out = self.out
+        stats = self.stats
         progress = {
-            "step": step, "losses": out.losses, "step_seconds": out.step_seconds, "tokens": out.tokens,
-            "seconds": out.seconds, "counted_tokens": out.counted_tokens, "micro_batch": out.micro_batch,
-            "halved": out.halved,
+            "step": step, "losses": stats.losses, "step_seconds": stats.step_seconds, "tokens": stats.tokens,
+            "seconds": stats.seconds, "counted_tokens": stats.counted_tokens,
+            "micro_batch": stats.micro_batch, "halved": stats.halved,
         }  # fmt: skip
         if self.accelerator.is_main_process:
-            checkpoints.save(self.save_to, self.attached, self.optimizer, self.scheduler, progress)
+            checkpoints.save(self.checkpoint_path, self.attached, self.optimizer, self.scheduler, progress)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -60,7 +60,9 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
-def by_slice(model: nn.Module, batch: dict[str, Tensor], counts: list[int]) -> tuple[list[Tensor], list[int]]:
+def loss_sums_by_run(
+    model: nn.Module, batch: dict[str, Tensor], counts: list[int]
+) -> tuple[list[Tensor], list[int]]:
     """One forward pass of a language model over a batch with rows of several runs.
 
     `counts`: the number of rows of each run, in the order of the batch. Returns the summed loss of each run

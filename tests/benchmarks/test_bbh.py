@@ -444,7 +444,7 @@ def test_bench_runs_a_group_leaves_out_what_has_no_rows_and_says_the_mean(
 
     group = ("bbh-boolean_expressions", "bbh-snarks", "bbh-multistep_arithmetic_two")
     monkeypatch.setattr(task_files, "_groups", lambda: {"few": group})
-    monkeypatch.setattr(task_files, "_together", lambda name: None)
+    monkeypatch.setattr(task_files, "_jointly_trained", lambda name: None)
     words = "peftzoo bench --method none --task few --limit 2 --max-new-tokens 2 --precision fp32"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:

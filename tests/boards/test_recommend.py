@@ -31,7 +31,7 @@ def test_only_rows_within_the_budget_are_named() -> None:
     ((facts, table),) = advice.tables
     assert facts["task"] == "gsm8k" and table["method"].tolist() == ["lora", "vera", "none"]
     assert table["score"].tolist() == pytest.approx([0.61, 0.51, 0.1])
-    assert advice.beyond == 1 and advice.unknown == 1, "full is beyond, of oft the memory is not known"
+    assert advice.over_budget == 1 and advice.unknown == 1, "full is beyond, of oft the memory is not known"
     ((_, without_budget),) = recommend.recommend(records(), "embedded", "gsm8k").tables
     assert without_budget["method"].tolist() == ["full", "oft", "lora", "vera", "none"]
 
@@ -45,7 +45,7 @@ def test_what_was_not_measured_is_listed() -> None:
 def test_a_budget_that_nothing_fits() -> None:
     trained = [r for r in records() if r.method != "none"]
     advice = recommend.recommend(trained, "embedded", "gsm8k", 1)
-    assert advice.tables == [] and advice.beyond == 4
+    assert advice.tables == [] and advice.over_budget == 4
 
 
 @pytest.mark.parametrize(("word", "fits"), [("gsm8k", True), ("MATH", True), ("gsm", True), ("law", False)])

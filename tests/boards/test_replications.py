@@ -17,11 +17,11 @@ def published(seed: int = 0, value: float = 0.9, data: dict | None = None, **cha
     """A run of LoRA's published setting for MRPC, as its YAML file says."""
     cls = registry.get("lora")
     preset = presets(cls)["paper-glue-base"]
-    train = preset.training("mrpc", {})
+    train = preset.train_fields_for("mrpc", {})
     train["steps"] = round(train.pop("epochs") * 3668 / train["batch_size"])
     facts = {
         "model": "roberta-base", "task": "mrpc", "train": train,
-        "options": configure(cls, preset.chosen("mrpc")).config.model_dump(mode="json"),
+        "options": configure(cls, preset.options_for("mrpc")).config.model_dump(mode="json"),
         "data": {"source": "hub", "files": FILES, "scored_rows": 408} | (data or {}),
     }  # fmt: skip
     facts["train"] = facts["train"] | changes.pop("train", {})

@@ -23,7 +23,7 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 @pytest.fixture
 def no_plugins(monkeypatch):
-    monkeypatch.setattr(registry, "_extra", {})
+    monkeypatch.setattr(registry, "_plugin_files", {})
 
 
 @pytest.mark.parametrize("former", former_names.PLACES)

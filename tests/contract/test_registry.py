@@ -22,7 +22,7 @@ class Mine(Adapter):
 
 @pytest.fixture(autouse=True)
 def no_extra_methods(monkeypatch):
-    monkeypatch.setattr(registry, "_extra", {})
+    monkeypatch.setattr(registry, "_plugin_files", {})
 
 
 def write(tmp_path, text, file="mine.py"):
@@ -80,7 +80,7 @@ def test_plugin_files_that_are_refused(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         registry.add_file(write(tmp_path, text))
     assert message in str(error.value)
-    assert registry._extra == {}
+    assert registry._plugin_files == {}
 
 
 def test_missing_plugin_file(tmp_path):

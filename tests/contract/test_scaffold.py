@@ -15,7 +15,7 @@ from peftzoo.errors import UserError
 
 @pytest.fixture(autouse=True)
 def no_extra_methods(monkeypatch):
-    monkeypatch.setattr(registry, "_extra", {})
+    monkeypatch.setattr(registry, "_plugin_files", {})
 
 
 def test_new_method_passes_every_check(tmp_path):

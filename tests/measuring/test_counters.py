@@ -157,13 +157,13 @@ def test_energy_is_the_difference_of_two_readings(monkeypatch) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 11, 97])
 def test_quantiles_are_numpys(n: int) -> None:
     times = np.random.default_rng(n).gamma(2.0, size=n).tolist()
-    result = counters.quantiles(times)
+    result = counters.step_time_quantiles(times)
     assert result["median_ms"] == pytest.approx(1e3 * np.median(times), abs=1e-3)
     assert result["p90_ms"] == pytest.approx(1e3 * np.quantile(times, 0.9), abs=1e-3)
 
 
 def test_no_times_give_none() -> None:
-    assert counters.quantiles([]) == {"median_ms": None, "p90_ms": None}
+    assert counters.step_time_quantiles([]) == {"median_ms": None, "p90_ms": None}
 
 
 def test_generation_latency_counts_the_tokens_it_says(monkeypatch) -> None:
@@ -231,7 +231,9 @@ def test_the_environment_says_what_repeating_needs() -> None:
     assert result["commit"] is None or re.fullmatch("[0-9a-f]{40}", result["commit"])
     root = Path(counters.__file__).resolve().parents[2]
     if (root / ".git").exists():
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
         assert result["commit"] == head.stdout.strip(), "records of a checkout name its commit"
 
 
@@ -242,10 +244,11 @@ def test_a_library_that_is_not_there_is_none(monkeypatch) -> None:
 
 def test_a_curve_is_means_of_intervals() -> None:
     losses = np.random.default_rng().random(230).tolist()
-    curve = counters.curve(losses, points=23)
+    curve = counters.loss_curve(losses, points=23)
     assert curve == pytest.approx(np.reshape(losses, (23, 10)).mean(1), abs=1e-6)
-    assert counters.curve(losses[:3]) == pytest.approx(losses[:3], abs=1e-6)
-    assert len(counters.curve(losses)) == 50 and counters.curve([]) is None
+    assert counters.loss_curve(losses[:3]) == pytest.approx(losses[:3], abs=1e-6)
+    assert len(counters.loss_curve(losses)) == 50 and counters.loss_curve([]) is None
     assert (
-        counters.curve([1.0, 2.0, float("nan"), 3.0]) == [1.0, 2.0] and counters.curve([float("inf")]) is None
+        counters.loss_curve([1.0, 2.0, float("nan"), 3.0]) == [1.0, 2.0]
+        and counters.loss_curve([float("inf")]) is None
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftzoo import UserError
-from peftzoo.measuring.step_profile import Contender, interleaved_times, page, profile, saved_mib
+from peftzoo.measuring.step_profile import ProfiledStep, interleaved_times, markdown_page, profile, saved_mib
 
 KEYS = {
     "name", "status", "reason", "trainable_params", "step_ms", "floor_ratio", "saved_mib", "floor_step_ms",
@@ -61,7 +61,7 @@ def test_saved_counts_activations_once_and_no_parameters():
         y = layer(x)
         (y.sigmoid() + y.tanh()).sum().backward()
 
-    assert saved_mib(Contender(step, 0, [layer])) == pytest.approx(3.0)  # x, sigmoid, tanh: 1 MiB each
+    assert saved_mib(ProfiledStep(step, 0, [layer])) == pytest.approx(3.0)  # x, sigmoid, tanh: 1 MiB each
 
 
 def test_steps_take_turns():
@@ -77,7 +77,7 @@ def test_page(tiny):
     rows = profile(
         ["lora", "red", "nowhere"], against="peft", rounds=1, model=lambda: tiny("llama"), length=8
     )
-    text = page(rows, "peftzoo profile -m lora", "A machine.")
+    text = markdown_page(rows, "peftzoo profile -m lora", "A machine.")
     ratio = rows[0]["floor_ratio"] / rows[0]["peft_floor_ratio"]
     assert "`peftzoo profile -m lora`" in text and f"geometric mean: {ratio:.2f}." in text
     table = [line for line in text.splitlines() if line.startswith("| ")]

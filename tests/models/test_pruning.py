@@ -133,6 +133,6 @@ def test_lors_keeps_less_than_plain_masked_lora(batches):
     mib = {}
     for name, net in (("plain", plain), ("lors", handle.model)):
         step = lambda net=net: net(input_ids=ids, labels=ids).loss.backward()  # noqa: E731
-        mib[name] = step_profile.saved_mib(step_profile.Contender(step, 0, [net, handle.adapter]))
+        mib[name] = step_profile.saved_mib(step_profile.ProfiledStep(step, 0, [net, handle.adapter]))
     weights = sum(s.weight.numel() for s in handle.sites) * 4 / 2**20
     assert mib["lors"] < mib["plain"] - 0.7 * weights, mib

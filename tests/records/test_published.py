@@ -24,8 +24,8 @@ def test_presets_fit_their_method(method):
     cls = registry.get(method)
     for preset in published.presets(cls).values():
         for task in (*preset.tasks, ""):
-            configure(cls, preset.chosen(task))
-            preset.training(task, {})
+            configure(cls, preset.options_for(task))
+            preset.train_fields_for(task, {})
         assert preset.differs.keys() <= preset.counts.keys(), "a reason without a count"
         assert {*preset.counts, *preset.scores} <= set(catalogue.shapes())
         assert preset.options or not preset.counts, "a count without its setting"
@@ -89,9 +89,12 @@ def test_one_task_may_have_options_of_its_own():
         train={"lr": 1e-3, "epochs": 2},
         tasks={"gsm8k": {"lr": 2e-3, "options": {"alpha": 5}}},
     )
-    assert preset.chosen("gsm8k") == {"alpha": 5, "r": 2} and preset.chosen("sst2") == {"alpha": 3, "r": 2}
-    assert preset.training("gsm8k", {}) == {"lr": 2e-3, "epochs": 2}
-    assert preset.training("sst2", {"steps": 9}) == {"lr": 1e-3, "steps": 9}
+    assert preset.options_for("gsm8k") == {"alpha": 5, "r": 2} and preset.options_for("sst2") == {
+        "alpha": 3,
+        "r": 2,
+    }
+    assert preset.train_fields_for("gsm8k", {}) == {"lr": 2e-3, "epochs": 2}
+    assert preset.train_fields_for("sst2", {"steps": 9}) == {"lr": 1e-3, "steps": 9}
 
 
 def test_a_tasks_own_options_reach_the_run():

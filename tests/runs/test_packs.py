@@ -17,7 +17,7 @@ from torch import nn
 
 from peftzoo import models
 from peftzoo.adapters import Attached, attach
-from peftzoo.conform.cases import Case, _base, make_batches
+from peftzoo.conform.cases import Case, base_model, make_batches
 from peftzoo.contract import registry
 from peftzoo.errors import UserError
 from peftzoo.runs._pack_loop import PackLoop
@@ -67,7 +67,7 @@ def test_every_method_shares_the_base_with_another(name: str) -> None:
     cls, batch = registry.get(name), make_batches("llama")[0]
     if reason := Case(cls, "llama").refusal():
         pytest.skip(reason)
-    model = copy.deepcopy(_base("llama"))
+    model = copy.deepcopy(base_model("llama"))
     members = [handle(model, name, 1), handle(model, "lora", 2), handle(model, "ia3", 3)]
     if reason := pack_refusal(members[0]):
         with pytest.raises(UserError, match=f'"{name}" cannot share the base: {reason[:20]}'):
@@ -90,7 +90,7 @@ def test_every_method_shares_the_base_with_another(name: str) -> None:
 
 
 def test_the_base_is_computed_once_for_all(monkeypatch) -> None:
-    model, seen = copy.deepcopy(_base("llama")), []
+    model, seen = copy.deepcopy(base_model("llama")), []
     layer = model.model.layers[0].self_attn.q_proj
     whole = layer.forward
     layer.forward = lambda x: seen.append(len(x)) or whole(x)
@@ -124,7 +124,7 @@ def loops(accelerator, model: nn.Module | None, runs=RUNS) -> list[Loop]:
     rng, loops_ = random.Random(4), []
     examples = [[rng.randrange(3, 50) for _ in range(rng.randint(4, 9))] for _ in range(20)]
     for seed, (name, lr, steps, size, schedule) in enumerate(runs):
-        base = copy.deepcopy(_base("llama")) if model is None else model
+        base = copy.deepcopy(base_model("llama")) if model is None else model
         member = handle(base, name, seed)
         rows = [Example(ids, [-100, *ids[1:]]) for ids in examples]
         config = TrainConfig(steps=steps, batch_size=size, lr=lr, schedule=schedule)
@@ -138,10 +138,10 @@ def test_each_run_in_a_pack_is_as_it_is_alone(accelerator) -> None:
     for loop in alone:
         with loop.attached.on():
             loop.run()
-    packed = loops(accelerator, copy.deepcopy(_base("llama")))
+    packed = loops(accelerator, copy.deepcopy(base_model("llama")))
     PackLoop(packed).run()
     for a, b in zip(packed, alone, strict=True):
-        assert a.out.losses == pytest.approx(b.out.losses, rel=1e-5, abs=1e-5)
+        assert a.stats.losses == pytest.approx(b.stats.losses, rel=1e-5, abs=1e-5)
         mine, theirs = a.attached.state_dict(), b.attached.state_dict()
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
@@ -164,7 +164,7 @@ def test_half_precision_is_that_of_a_run_alone(accelerator, monkeypatch) -> None
     half = [("lora", 1e-2, 3, 2, "linear"), ("loha", 1e-2, 3, 2, "linear")]
     alone, packed = (
         loops(accelerator, None, half),
-        loops(accelerator, copy.deepcopy(_base("llama")), half),
+        loops(accelerator, copy.deepcopy(base_model("llama")), half),
     )
     for loop in (*alone, *packed):
         object.__setattr__(loop.config, "precision", "bf16")
@@ -177,19 +177,19 @@ def test_half_precision_is_that_of_a_run_alone(accelerator, monkeypatch) -> None
     PackLoop(packed).run()
     assert seen == [False] * 3
     for a, b in zip(packed, alone, strict=True):
-        assert a.out.losses == pytest.approx(b.out.losses, rel=2e-2)
+        assert a.stats.losses == pytest.approx(b.stats.losses, rel=2e-2)
 
 
 def test_a_penalty_that_is_not_finite_breaks_its_run(accelerator) -> None:
-    runs = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:1] * 2)
+    runs = loops(accelerator, copy.deepcopy(base_model("llama")), RUNS[:1] * 2)
     runs[0].attached.adapter.penalty = lambda: torch.tensor(float("inf"))
     pack = PackLoop(runs)
     pack.run()
-    assert set(pack.failures) == {0} and len(runs[1].out.losses) == 6
+    assert set(pack.failures) == {0} and len(runs[1].stats.losses) == 6
 
 
 def test_members_stand_for_themselves_afterwards(accelerator) -> None:
-    runs = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:2])
+    runs = loops(accelerator, copy.deepcopy(base_model("llama")), RUNS[:2])
     plain = [part.site.plain for loop in runs for part in loop.attached.adapter.parts.values()]
     PackLoop(runs).run()
     assert [
@@ -200,7 +200,7 @@ def test_members_stand_for_themselves_afterwards(accelerator) -> None:
 def test_a_method_of_hf_peft_shares_the_base(accelerator) -> None:
     """Its layers call the wrapped module themselves."""
     pytest.importorskip("peft")
-    model = copy.deepcopy(_base("llama"))
+    model = copy.deepcopy(base_model("llama"))
     members = [
         attach(model, registry.get(n), seed=i, install=False) for i, n in enumerate(("lora", "hf:lora"))
     ]
@@ -223,9 +223,9 @@ def test_a_method_of_hf_peft_shares_the_base(accelerator) -> None:
 
 
 def test_a_run_that_breaks_leaves_and_the_others_go_on(accelerator) -> None:
-    whole = loops(accelerator, copy.deepcopy(_base("llama")))
+    whole = loops(accelerator, copy.deepcopy(base_model("llama")))
     PackLoop(whole).run()
-    runs = loops(accelerator, copy.deepcopy(_base("llama")))
+    runs = loops(accelerator, copy.deepcopy(base_model("llama")))
     before = runs[2].attached.adapter.after_backward
 
     def spoil(step: int, total: int) -> None:
@@ -236,23 +236,23 @@ def test_a_run_that_breaks_leaves_and_the_others_go_on(accelerator) -> None:
     runs[2].attached.adapter.after_backward = spoil
     pack = PackLoop(runs)
     pack.run()
-    assert set(pack.failures) == {2} and "step 3" in pack.failures[2] and len(runs[2].out.losses) == 2
+    assert set(pack.failures) == {2} and "step 3" in pack.failures[2] and len(runs[2].stats.losses) == 2
     for place in (0, 1, 3, 4, 5):
-        assert runs[place].out.losses == pytest.approx(whole[place].out.losses, rel=1e-5, abs=1e-5)
+        assert runs[place].stats.losses == pytest.approx(whole[place].stats.losses, rel=1e-5, abs=1e-5)
 
 
 def test_a_loss_that_is_not_a_number_reaches_nobody_else(accelerator) -> None:
-    runs = loops(accelerator, copy.deepcopy(_base("llama")), RUNS[:1] * 2)
+    runs = loops(accelerator, copy.deepcopy(base_model("llama")), RUNS[:1] * 2)
     with torch.no_grad():
         runs[0].params[0].fill_(float("nan"))
     pack = PackLoop(runs)
     pack.run()
-    assert set(pack.failures) == {0} and len(runs[1].out.losses) == 6
+    assert set(pack.failures) == {0} and len(runs[1].stats.losses) == 6
     assert all(p.isfinite().all() for p in runs[1].params)
 
 
 def test_afterwards_the_model_is_bare(accelerator) -> None:
-    model = copy.deepcopy(_base("llama"))
+    model = copy.deepcopy(base_model("llama"))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     PackLoop(loops(accelerator, model)).run()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -297,7 +297,7 @@ def answers(model: nn.Module, member: Attached) -> tuple[list, list]:
 @functools.cache
 def companions_alone() -> list[tuple[list, list]]:
     """What the two methods that share the base with each other one answer alone."""
-    model = copy.deepcopy(_base("llama"))
+    model = copy.deepcopy(base_model("llama"))
     return [answers(model, handle(model, name, seed)) for name, seed in (("lora", 2), ("prefix-tuning", 3))]
 
 
@@ -306,7 +306,7 @@ def test_every_method_is_scored_in_shared_batches_as_alone(name: str) -> None:
     cls = registry.get(name)
     if reason := Case(cls, "llama").refusal():
         pytest.skip(reason)
-    model = copy.deepcopy(_base("llama"))
+    model = copy.deepcopy(base_model("llama"))
     members = [handle(model, name, 1), handle(model, "lora", 2), handle(model, "prefix-tuning", 3)]
     if pack_refusal(members[0]):
         pytest.skip(pack_refusal(members[0]))

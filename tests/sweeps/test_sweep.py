@@ -264,7 +264,7 @@ def broken(tmp_path, monkeypatch) -> str:
     )
     file = tmp_path / "broken.py"
     file.write_text(BROKEN.replace("Adapter as LoRA", f"{source} as LoRA").replace(", Config", ""))
-    monkeypatch.setattr(registry, "_extra", {})
+    monkeypatch.setattr(registry, "_plugin_files", {})
     registry.add_file(file)
     return str(file)
 
@@ -287,7 +287,7 @@ class Fragile(LoRA):
 
 
 def test_a_plugin_that_breaks_when_attached_stops_no_other(run_cli, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(registry, "_extra", {})
+    monkeypatch.setattr(registry, "_plugin_files", {})
     (tmp_path / "fragile.py").write_text(FRAGILE)
     registry.add_file(tmp_path / "fragile.py")
     fit, notes = resolve(requests(methods="fragile,lora"), skip=False)

@@ -29,11 +29,11 @@ def tokenizer(embedded):
 
 def test_the_plan_depends_on_the_seed_alone() -> None:
     lengths = [(7 * i) % 50 for i in range(90)]
-    first = batches.plan(lengths, 40, 8, seed=3)
+    first = batches.batch_order(lengths, 40, 8, seed=3)
     torch.manual_seed(99)
-    assert batches.plan(lengths, 40, 8, seed=3) == first
-    assert batches.plan(lengths, 40, 8, seed=4) != first
-    assert batches.plan([3, 1, 2, 5, 4, 6], 3, 4, seed=0) == GOLDEN, (
+    assert batches.batch_order(lengths, 40, 8, seed=3) == first
+    assert batches.batch_order(lengths, 40, 8, seed=4) != first
+    assert batches.batch_order([3, 1, 2, 5, 4, 6], 3, 4, seed=0) == GOLDEN, (
         "the order of rows changed: raise MEASURE_VERSION"
     )
 
@@ -42,7 +42,7 @@ def test_the_plan_depends_on_the_seed_alone() -> None:
     ("rows", "steps", "size"), [(90, 45, 8), (5, 7, 3), (1, 4, 4), (64, 8, 8), (10, 1, 16)]
 )
 def test_the_plan_covers_the_rows_evenly(rows: int, steps: int, size: int) -> None:
-    plan = batches.plan(list(range(rows)), steps, size, seed=0)
+    plan = batches.batch_order(list(range(rows)), steps, size, seed=0)
     assert len(plan) == steps and all(len(b) == size for b in plan)
     uses = Counter(i for b in plan for i in b)
     counts = [uses[i] for i in range(rows)]
@@ -52,7 +52,7 @@ def test_the_plan_covers_the_rows_evenly(rows: int, steps: int, size: int) -> No
 def test_batches_of_one_window_hold_rows_of_like_length() -> None:
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 200, (SORTING_WINDOW * 8,), generator=g).tolist()
-    plan = batches.plan(lengths, SORTING_WINDOW, 8, seed=0)
+    plan = batches.batch_order(lengths, SORTING_WINDOW, 8, seed=0)
     padded = sum(max(lengths[i] for i in b) * len(b) for b in plan) / sum(lengths)
     assert padded < 1.1, "rows are not sorted within a window"
     means = [sum(lengths[i] for i in b) for b in plan]

@@ -502,7 +502,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(model, bad: floa
     with pytest.raises(NonFinite, match=r"loss is (nan|inf) at step 3"):
         trainer.run()
     assert_same(before, state(trainer), rtol=0, atol=0)
-    assert len(trainer.out.losses) == 2, "what was measured before is gone"
+    assert len(trainer.stats.losses) == 2, "what was measured before is gone"
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(model) -> None:
