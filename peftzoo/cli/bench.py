@@ -54,6 +54,7 @@ def bench(
     ),
     track: str = typer.Option("none", help="wandb, trackio, or none."),
     trust_remote_code: bool = typer.Option(False, help="Allow code that comes with a model."),
+    trust_task_code: bool = output.TRUST_TASK_CODE,
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
@@ -78,7 +79,7 @@ def bench(
         "train": {k: v for k, v in train.items() if v is not None},
         "precision": _precision(precision), "source": source, "data": data, "limit": limit,
         "max_new_tokens": max_new_tokens, "eval_batch": eval_batch, "prune": prune, "retention": retention,
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": trust_remote_code, "trust_task_code": trust_task_code,
     }  # fmt: skip
     make_tracker(track)
     size, memory_budget = parse_pack_size("--pack", pack)

@@ -38,6 +38,7 @@ def generate(
     source: str = typer.Option(None, help="embedded, mirror or hub."),
     out: Path = typer.Option(Path("runs/generate"), help="Folder for generator and gain.json."),
     page: Path = typer.Option(None, help="Write the table here too, as Markdown."),
+    trust_task_code: bool = output.TRUST_TASK_CODE,
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
@@ -64,6 +65,7 @@ def generate(
         unseen=tuple(task_files.expand(output.parse_names(unseen, known, "unseen"))) if unseen else (),
         train={"steps": steps, "batch_size": batch_size, "lr": lr},
         precision=precision, limit=limit, data=data, source=source,
+        trust_task_code=trust_task_code,
     )  # fmt: skip
     with redirect_stdout(sys.stderr), Console(stderr=True).status("loading") as status:
         report = engine.run(

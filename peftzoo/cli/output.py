@@ -18,6 +18,9 @@ SET = typer.Option(
     metavar="KEY=VALUE",
     help="Method option, or METHOD.KEY=VALUE for one of several; repeatable.",
 )
+TRUST_TASK_CODE = typer.Option(
+    False, "--trust-task-code", help="Allow metrics of the library evaluate, which are code of the Hub."
+)
 PLUGIN = typer.Option([], "--plugin", metavar="FILE", help="Load a method from a file (runs its code).")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def sweep(
     workers: int = typer.Option(None, min=1, help="Runs at once (default: one per GPU, else per 4 cores)."),
     executor: str = typer.Option("local", help="local, or ray."),
     address: str = typer.Option(None, help="A Ray cluster to join: auto, or its address (default: none)."),
+    trust_task_code: bool = output.TRUST_TASK_CODE,
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
@@ -40,7 +42,8 @@ def sweep(
     output.load_plugins(plugin)
     spec = engine.read(file)
     with redirect_stdout(sys.stderr):
-        plans, notes = resolve(spec.requests(), skip=spec.selects_by_group)
+        requests = [replace(r, trust_task_code=trust_task_code) for r in spec.requests()]
+        plans, notes = resolve(requests, skip=spec.selects_by_group)
         for note in notes:
             output.note(note)
         studies = _make_studies(spec, [p.request for p in plans])

@@ -25,6 +25,7 @@ def verify(
     model: str = typer.Option(None, help="The model's folder, for a model that has no name."),
     data: str = typer.Option(None, help="Folder of the local mirror, for runs on it."),
     trust_remote_code: bool = typer.Option(False, help="Allow code that comes with a model."),
+    trust_task_code: bool = output.TRUST_TASK_CODE,
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
@@ -46,7 +47,12 @@ def verify(
     checks = engine.check_files(verified)
     if run:
         request = engine.request_of(
-            verified, task=task, model=model, data=data, trust_remote_code=trust_remote_code
+            verified,
+            task=task,
+            model=model,
+            data=data,
+            trust_remote_code=trust_remote_code,
+            trust_task_code=trust_task_code,
         )
         output.note(f"running {verified.name} again")
         with redirect_stdout(sys.stderr):

@@ -26,7 +26,7 @@ from peftzoo.adapters import Attached, attach, configure, saving, write_atomical
 from peftzoo.contract import Adapter, registry
 from peftzoo.errors import UserError
 from peftzoo.measuring import counters
-from peftzoo.scoring import evaluation
+from peftzoo.scoring import evaluation, library_metrics
 from peftzoo.tasks import run_data, sources, task_files
 from peftzoo.training import batches
 from peftzoo.training.config import TrainConfig, auto_precision
@@ -56,6 +56,7 @@ class Request:
     source: str | None = None
     data: str | None = None
     eval_batch: int = 32
+    trust_task_code: bool = False
 
 
 class DescribedTask:
@@ -68,6 +69,7 @@ class DescribedTask:
     def __init__(self, name: str, request: Request, tokenizer: Any) -> None:
         task, mirror = task_files.get(name), sources.mirror_folder(request.data)
         source = sources.select_source(request.source, request.model, mirror, named=request.data is not None)
+        library_metrics.check_trusted(task, request.trust_task_code)
         self.task, self.seen, self.tokenizer = task, name in request.tasks, tokenizer
         self.rows = sources.load(task, source, mirror)
         if request.limit:

@@ -19,9 +19,9 @@ from peftzoo.errors import NeedsWeights, UserError, unknown
 from peftzoo.measuring import counters
 from peftzoo.models.pruning import Pruning
 from peftzoo.records import published, store
-from peftzoo.scoring import metrics, retention
+from peftzoo.scoring import library_metrics, metrics, retention
 from peftzoo.tasks import run_data, sources, splits, task_files
-from peftzoo.tasks.schema import HeadSpec, Protocol
+from peftzoo.tasks.schema import HeadSpec, Protocol, Task
 from peftzoo.training.config import TrainConfig, auto_precision
 
 
@@ -51,6 +51,8 @@ class Request:
     retention: str | None = None
     """A task; the loss on its text is measured before and after training, to show what the run forgets."""
     trust_remote_code: bool = False
+    trust_task_code: bool = False
+    """Allow metrics of the library `evaluate`, which are code of the Hub."""
     save_every: int = 50
     """Steps between checkpoints; an interrupted run loses at most as many."""
     hold_out: tuple[int, int] | None = None
@@ -157,11 +159,17 @@ class Plan:
         if view == "head" and self.request.retention:
             raise UserError("--retention measures the loss on text: a causal model and a task without a head")
         for task in tasks:
-            known = metrics.METRICS if view == "head" else task.metrics()
-            for name in (task.extra.metric, *task.extra.also):
-                if known and name not in known:
-                    raise unknown(f'metric of task "{task.name}"', name, known)
+            self._check_metrics(task, view)
         return view
+
+    def _check_metrics(self, task: Task, view: str) -> None:
+        """Raise `UserError` for a metric that does not exist, or is somebody's code that is not trusted."""
+        library_metrics.check_trusted(task, self.request.trust_task_code)
+        library = library_metrics.names(task)
+        known = [*metrics.METRICS, *library] if view == "head" else task.metrics()
+        for name in (task.extra.metric, *task.extra.also):
+            if known and name not in known and not (library and view != "head"):  # these may have any results
+                raise unknown(f'metric of task "{task.name}"', name, known)
 
     def _protocol(self) -> tuple[str, Protocol | None]:
         """Name of the protocol, and how it selects a checkpoint; None for the default, the last step."""
@@ -251,6 +259,7 @@ class Plan:
         arguments += ["--seeds", str(r.seed)]
         extra = {"limit": r.limit, "max_new_tokens": r.max_new_tokens, "prune": r.prune}
         extra |= {"protocol": self.protocol if self.selection else None, "retention": r.retention}
+        extra["trust_task_code"] = r.trust_task_code
         for key, value in (self.train_config.model_dump() | extra).items():
             if value is not None and value is not False:
                 arguments += [f"--{key.replace('_', '-')}"] + ([str(value)] if value is not True else [])

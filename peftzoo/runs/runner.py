@@ -17,7 +17,7 @@ from peftzoo.measuring import counters
 from peftzoo.models import pruning
 from peftzoo.records.schema import Record, Score, mean
 from peftzoo.runs.plan import Plan
-from peftzoo.scoring import evaluation, retention
+from peftzoo.scoring import evaluation, library_metrics, retention
 from peftzoo.tasks import sources
 from peftzoo.tasks.run_data import EvalSet
 from peftzoo.tasks.schema import Task
@@ -340,8 +340,9 @@ class Runner:
         with self.autocast():
             examples = [make_example(row) for row in rows]
             return evaluation.score_head(
-                loaded.model, examples, metric_names, extra.head.kind, self.scale, pad, batch_size
-            )
+                loaded.model, examples, metric_names, extra.head.kind, self.scale, pad, batch_size,
+                library=[n for n in library_metrics.names(eval_set.task) if n in metric_names],
+            )  # fmt: skip
 
     def to_score(self, task_scores: dict[str, evaluation.Scores]) -> Score:
         """The score for the record: that of the task or, of several tasks, the mean of their main metrics."""

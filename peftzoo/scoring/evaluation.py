@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftzoo.scoring import metrics
+from peftzoo.errors import UserError
+from peftzoo.scoring import library_metrics, metrics
 from peftzoo.tasks.task_files import Task
 from peftzoo.training.batches import Example, by_length, collate
 
@@ -51,7 +53,7 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name:
     """lm-eval's task object over these rows (`sources.Rows`); training uses the same prompts.
 
     `name` replaces the task's name, which each request carries as `task_name`: it tells apart the requests of
-    several models that are scored together.
+    several models that are scored together. Raises `UserError` for a metric that cannot be had.
     """
     import datasets
     from lm_eval.api.task import ConfigurableTask
@@ -59,6 +61,7 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     _sandbox_templates()
     config = task.harness() | ({"task": name} if name else {})
+    config["metric_list"] = library_metrics.for_harness(task)
     if task.output_type == "generate_until":
         kwargs = {"do_sample": False} | (config.get("generation_kwargs") or {})
         config["generation_kwargs"] = kwargs | ({"max_gen_toks": max_new_tokens} if max_new_tokens else {})
@@ -130,6 +133,8 @@ def _task_scores(results: dict[str, Any], lm_task: Any, metric: str, seconds: fl
     }
     values = {_metric_name(k): _finite(v) for k, v in scores.items() if "_stderr" not in k}
     errors = {_metric_name(k.replace("_stderr", "")): _finite(v) for k, v in scores.items() if "_stderr" in k}
+    if metric and metric not in values:
+        raise UserError(f'task "{name}": metric "{metric}" is not among its results: {", ".join(values)}')
     samples = results["samples"][name]
     outcomes = [_outcome(s, lm_task) for s in samples]
     filter_name = metric.rpartition(",")[2] if "," in metric else samples[0]["filter"]
@@ -167,10 +172,12 @@ def score_head(
     scale: TargetScale,
     pad: int,
     batch_size: int,
+    library: Sequence[str] = (),
 ) -> Scores:
     """Scores of a trained head on all examples, whose `target` is the reference.
 
-    `kind`: classification or regression; `pad`: the padding token's id; `batch_size`: rows per forward pass.
+    `kind`: classification or regression; `pad`: the padding token's id; `batch_size`: rows per forward pass;
+    `library`: which of the metrics are those of the library `evaluate` (they get no standard error).
     """
     begin = time.perf_counter()
     device = next(model.parameters()).device
@@ -184,9 +191,13 @@ def score_head(
         for i, value in zip(rows, values.tolist(), strict=True):
             predictions[i] = value * scale.spread + scale.mean
     references = [e.target * scale.spread + scale.mean for e in examples]
+    own = [n for n in metric_names if n not in library]
+    values = metrics.compute(own, predictions, references)
+    values |= {n: library_metrics.compute_head(n, predictions, references) for n in library}
+    errors = {n: metrics.standard_error(n, predictions, references) for n in own}
     return Scores(
-        metrics.compute(metric_names, predictions, references),
-        {n: metrics.standard_error(n, predictions, references) for n in metric_names},
+        {n: values[n] for n in metric_names},
+        errors | dict.fromkeys(library),
         len(examples),
         None,
         time.perf_counter() - begin,
