@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from peftzoo.contract import MODEL, Adapter, Config, Part, Site, Targets, find_sites
 from peftzoo.errors import UserError
 from peftzoo.kernels import Router, imbalance, low_rank, mixed, mixed_products
-from peftzoo.models.text_reader import SELF, TextReader
+from peftzoo.models.text_encoder import SELF, TextEncoder
 
 
 class Written(NamedTuple):
@@ -101,7 +101,7 @@ class LoRAGen(Adapter):
             self.A.append(self.ctx.uniform(c.n, c.r, in_, bound=in_**-0.5, key=f"experts/{role}"))
             self.B.append(torch.zeros(c.n, out, c.r))
         lora = {"r": c.cloud_r, "alpha": c.cloud_r, "targets": "q,v"}
-        self.cloud = TextReader(c.cloud, self.ctx, "lora", **lora)
+        self.cloud = TextEncoder(c.cloud, self.ctx, "lora", **lora)
         self.router = Router(self.cloud.width, c.hidden, c.n, c.k, self.ctx)
         self.now, self.kept, self.runs, self.trained = None, {}, 0, list(self.parameters())
         self.describe(c.description)

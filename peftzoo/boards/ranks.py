@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import signal, stats
 
-from peftzoo.records.statistics import Array, Sample
+from peftzoo.records.metric_terms import Array, Sample
 
 SIGNIFICANCE = 0.05
 MIN_SEEDS = 3

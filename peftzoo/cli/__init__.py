@@ -1,4 +1,4 @@
-"""The command line: one file per command, no logic here; `commands` is the program, `output` prints.
+"""The command line: one file per command; `commands` is the program, `output` prints.
 
 Heavy imports happen inside the commands, so that `peftzoo --help` is fast.
 """

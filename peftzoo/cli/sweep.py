@@ -34,6 +34,7 @@ def sweep(
     from peftzoo.runs import packs
     from peftzoo.runs.plan import resolve
     from peftzoo.sweeps import sweep_file as engine
+    from peftzoo.sweeps.dry_run import plan_rows
 
     if executor not in ("local", "ray"):
         raise unknown("executor", executor, ("local", "ray"))
@@ -49,7 +50,9 @@ def sweep(
         studies = _make_studies(spec, [p.request for p in plans])
         plans = [] if studies else plans
         if dry_run:
-            rows = _plan_rows(plans, studies, out)
+            rows, notes = plan_rows(plans, studies, out)
+            for note in notes:
+                output.note(note)
         else:
             output.make_folder(out)
             size = packs.parse_pack_size("pack", spec.pack)
@@ -73,48 +76,6 @@ def _make_studies(spec: Any, requests: list[Any]) -> list[Any]:
     for study in studies:
         study.check_space()
     return studies
-
-
-def _plan_rows(plans: list[Any], studies: list[Any], out: Path) -> list[dict[str, Any]]:
-    """The rows of the dry run: one per run; of a search, one for its trials and one for the runs after it."""
-    from peftzoo.errors import UserError
-    from peftzoo.records import store
-    from peftzoo.runs.estimates import Estimates
-    from peftzoo.runs.plan import as_plan
-    from peftzoo.runs.run import new_record
-
-    entries = [*store.read_all(out)] if out.is_dir() else []
-    for error in (e for e in entries if isinstance(e, UserError)):
-        output.note(f"skipped: {error}")
-    estimates, rows = Estimates(e for e in entries if not isinstance(e, UserError)), []
-
-    def row(request: Any, kind: str, times: int, on_record: bool = False) -> dict[str, Any]:
-        """The row of `times` runs like this request, with their state and the estimate for one of them."""
-        plan = as_plan(request)
-        record = new_record(plan)
-        estimate, config = estimates.for_run(record), record.train_config
-        checkpoint = out / "checkpoints" / f"{record.id}-s{record.seed}.safetensors"
-        on_record = on_record or (kind == "run" and store.path(out, record).is_file())
-        state = "done" if on_record else "half done" if kind == "run" and checkpoint.is_file() else "to do"
-        options = ", ".join(f"{k}={v}" for k, v in plan.request.options.items())
-        return {
-            "kind": kind, "times": times, "state": state, "method": record.method, "task": record.task,
-            "model": record.model, "seed": record.seed, "steps": config["steps"],
-            "batch_size": config["batch_size"], "lr": config["lr"], "options": options,
-            "id": record.id if kind == "run" else None,
-            "seconds": estimate.seconds, "memory": estimate.memory, "basis": estimate.basis,
-        }  # fmt: skip
-
-    rows += [row(plan, "run", 1) for plan in plans]
-    for study in studies:
-        done, left = study.replay(out / "tuning")
-        rows += [row(study.default_trial(), "trial", done, on_record=True)] if done else []
-        if left:
-            rows.append(row(study.default_trial(), "trial", left))
-            rows.append(row(study.request, "after the search", len(study.seeds)))
-        else:
-            rows += [row(request, "run", 1) for request in study.final_requests()]
-    return rows
 
 
 def _print_plan(plan: list[dict[str, Any]], json: bool) -> None:
@@ -192,7 +153,7 @@ def _executor(where: tuple[str, str | None], workers: int | None, out: Path, plu
         from peftzoo.sweeps.ray_executor import RayExecutor
 
         return RayExecutor(where[1], workers, out, plugins)
-    from peftzoo.sweeps.executors import ProcessExecutor
+    from peftzoo.sweeps.process_executor import ProcessExecutor
 
     return ProcessExecutor(workers, plugins, progress.on_progress)
 
@@ -223,7 +184,7 @@ class SweepProgress:
     def on_progress(
         self, worker: int, job: Any, stage: str, step: int, total: int, values: dict[str, float]
     ) -> None:
-        """Update the bar of a worker; `executors.ProgressCallback`."""
+        """Update the bar of a worker; `executor.ProgressCallback`."""
         if worker not in self.lines:
             self.lines[worker] = self.bar.add_task("", total=1, values="")
         r, activity = job.request, {"load": "loading", "train": "training", "score": "scoring"}[stage]

@@ -1,8 +1,8 @@
 """Conformance checks: what every method must fulfil, tested on tiny models.
 
 `suite` lists and runs the checks, for pytest and for `peftzoo check`; `rules` defines what a check is and
-when it applies, `cases` builds the models. The checks themselves: `plugin` (the file), `placement` (where
-parts are), `training`, `weights` (merging, saving, memory, generation).
+when it applies, `cases` builds the models. The checks themselves: `plugin` (the file), `placement` (which
+layers have parts), `training`, `weights` (merging, saving, memory, generation).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The contract of a method: what a plugin implements, and what it gets from the model.
 
-A plugin imports all that it needs from here and from `peftzoo.kernels`. `adapter` defines the method's side
-(Adapter, Config, Part, Context), `sites` and `roles` the model's side (which layers there are and what each
-does), `attention` puts a part around attention, `registry` finds methods, `scaffold` writes a new one,
-`former_names` lets plugins go on importing the module names of earlier versions.
+A plugin imports from here, from `peftzoo.kernels` and from the top of `peftzoo`. `adapter` defines the
+method's side (Adapter, Config, Part, Context), `sites` and `roles` the model's side (which layers there are
+and what each does), `attention` puts a part around attention, `registry` finds methods, `scaffold` writes a
+new one, `former_names` lets plugins go on importing the module names of earlier versions.
 """
 
 from __future__ import annotations

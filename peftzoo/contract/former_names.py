@@ -13,7 +13,7 @@ from typing import Any
 PLACES = {
     "adapter": "contract", "attention": "contract.attention", "registry": "contract.registry",
     "roles": "contract:roles", "attached": "adapters:handle", "files": "adapters:saving",
-    "given": "adapters:references", "trainer": "adapters:trainer", "factors": "kernels:decompositions",
+    "given": "adapters:adapter_refs", "trainer": "adapters:trainer", "factors": "kernels:decompositions",
     "kernels_fourier": "kernels:fourier", "kernels_frozen": "kernels:frozen_cores",
     "kernels_kron": "kernels:kronecker", "kernels_rebuilt": "kernels:rebuilt_weights",
     "kernels_rotation": "kernels:rotation", "projections": "kernels:projections",

@@ -1,6 +1,6 @@
-"""Fused forward passes of what methods compute, with autograd functions of their own.
+"""What methods compute, as autograd functions in plain PyTorch: exact, but cheap in time and memory.
 
-A plugin calls these in place of building an (out, in) matrix at every step. A file is one form: `lowrank`
+A plugin calls these in place of building an (out, in) matrix at every step. A file a structure: `lowrank`
 products, `rebuilt_weights` that are recomputed in backward, `frozen_cores` between fixed factors, `kronecker`
 products, `rotation` by small blocks, `fourier` coefficients, random `projections`, `tensor_train`s,
 `decompositions` for initialisation, a mixture of `experts`; `forward_cache` holds what several layers share.

@@ -1,9 +1,9 @@
 """Base models: listed, downloaded, loaded, probed and pruned.
 
 `catalogue` lists, `hub` and `download` fetch, `loading` returns weights and tokenizer by name (`load`) or
-shapes without weights (`on_meta`), `silence` hides transformers' progress bars. `probe` collects the
-inputs and gradients of layers, `low_rank_start` derives initial values of a low-rank pair from them,
-`text_reader` turns a text into vectors, `pruning` zeroes base weights.
+shapes without weights (`on_meta`), `silence` hides transformers' progress bars. `probe` collects the inputs
+and gradients of layers, `low_rank_start` derives initial values of a low-rank pair from them, `text_encoder`
+turns a text into vectors, `pruning` zeroes base weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "probe",
         "pruning",
         "silence",
-        "text_reader",
+        "text_encoder",
     ],
     submod_attrs={
         "loading": ["Head", "Loaded", "Named", "is_causal", "load", "named", "on_meta"],

@@ -1,7 +1,7 @@
 """The record of a run on disk: one JSON file, and a side file with the outcome of every scored row.
 
-`schema` defines the record, `store` writes and reads it, `outcomes` reads the side file, `statistics` splits
-a metric into terms per row, `published` holds settings, parameter counts and scores from publications.
+`schema` defines the record, `store` writes and reads it, `outcomes` reads the side file, `metric_terms`
+splits a metric into terms per row, `published` holds settings, parameter counts and scores from publications.
 """
 
-__all__ = ["outcomes", "published", "schema", "statistics", "store"]
+__all__ = ["metric_terms", "outcomes", "published", "schema", "store"]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from peftzoo.errors import UserError
+from peftzoo.records.metric_terms import METRICS, Sample, mean_terms
 from peftzoo.records.schema import Record
-from peftzoo.records.statistics import METRICS, Sample, mean_terms
 
 MAX_UNPACKED_BYTES = 256 * 2**20
 """A larger side file is refused, so that a small gzip file cannot fill the memory."""

@@ -1,9 +1,9 @@
-"""One run from request to record, alone or in a pack with others.
+"""One run from request to record, alone or in a pack: several adapters trained on one base in one pass.
 
-`plan` resolves a request, `runner` does the steps, `run` holds the lock and writes the record, also of a run
-that fails. `packs` does several runs on one copy of the model. `adapter_generation` trains methods that
-generate weights from a description, `verification` repeats a recorded run, `estimates` predicts time and
-memory, `trackers` send the loss to an experiment tracker.
+`plan` resolves a request, `run` holds the lock, loads the model and writes the record, also of a run that
+fails, `runner` does the steps between. `packs` does several runs on one copy of the model.
+`adapter_generation` trains methods that generate weights from a description, `verification` repeats a
+recorded run, `estimates` predicts time and memory, `trackers` send the loss to an experiment tracker.
 """
 
 __all__ = ["adapter_generation", "estimates", "packs", "plan", "run", "runner", "trackers", "verification"]

@@ -20,7 +20,8 @@ from peftzoo.errors import UserError
 from peftzoo.records import store
 from peftzoo.runs.plan import Plan
 from peftzoo.runs.run import new_record
-from peftzoo.sweeps.executors import Job, JobResult, available_cores, execute
+from peftzoo.sweeps.executor import Job, JobResult, execute
+from peftzoo.sweeps.process_executor import available_cores
 
 CORES_PER_RUN = 4
 """CPU cores of a run on a cluster without GPUs, if the number of runs at once is not given."""

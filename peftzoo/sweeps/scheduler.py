@@ -5,34 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from peftzoo.records import store
 from peftzoo.records.schema import Record
 from peftzoo.runs.plan import Request
 from peftzoo.runs.run import record_failure
-from peftzoo.sweeps.executors import Job, JobResult
+from peftzoo.sweeps.executor import Executor, Job, JobResult
 from peftzoo.sweeps.study import Study
 
 MAX_ATTEMPTS = 2
 """How often a run is started if its worker dies; from the second time on it resumes from its checkpoint."""
 LOCK_TIMEOUT = 5.0
 """Seconds that an attempt waits for a run of another program, from the third attempt on."""
-
-
-class Executor(Protocol):
-    """Does jobs, several at once, and returns the result of each."""
-
-    count: int
-    """Jobs at once."""
-    jobs_per_device: int
-    """Jobs at once on one device."""
-
-    def submit(self, job: Job) -> None:
-        """Start or queue a job."""
-
-    def next_result(self) -> JobResult:
-        """Wait for the next job that ends, and return its result."""
 
 
 class Scheduler:

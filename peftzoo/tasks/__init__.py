@@ -1,8 +1,8 @@
 """What is trained on and scored: task files, and the rows that they name.
 
-`task_files` finds and reads task files, `schema` says what one may hold, `sources` reads rows (Hub, local
-mirror, embedded generator), `splits` cuts them, `overlap` compares texts, `run_data` gathers the rows of one
-run.
+`task_files` finds and reads task files, `schema` says what one may hold, `sources` reads rows (from the Hub,
+a folder of JSONL files called a mirror, or the generators that ship with peftzoo), `splits` cuts them,
+`overlap` compares texts, `run_data` gathers the rows of one run.
 """
 
 __all__ = ["overlap", "run_data", "schema", "sources", "splits", "task_files"]

@@ -15,8 +15,8 @@ from statsmodels.stats.multitest import multipletests
 from peftzoo.boards import ranks
 from peftzoo.errors import UserError
 from peftzoo.records import outcomes, store
+from peftzoo.records.metric_terms import METRICS, Sample, mean_terms
 from peftzoo.records.schema import Record
-from peftzoo.records.statistics import METRICS, Sample, mean_terms
 from peftzoo.scoring import metrics
 from tests.boards.test_tables import make
 

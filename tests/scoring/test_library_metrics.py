@@ -146,7 +146,7 @@ def test_choices_have_metrics_of_lm_eval_alone(cached: Path) -> None:
         library_metrics.check_trusted(changed, trusted=True)
 
 
-def test_a_head_may_have_one(cached: Path, monkeypatch) -> None:
+def test_a_head_may_have_one(monkeypatch) -> None:
     calls = []
 
     def compute(predictions, references):

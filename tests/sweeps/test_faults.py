@@ -55,7 +55,7 @@ def process(out: Path, wanted: list[Request], workers: int) -> multiprocessing.P
 def sweep(out: Path, wanted: list[Request], workers: int) -> None:
     import torch
 
-    from peftzoo.sweeps.executors import ProcessExecutor
+    from peftzoo.sweeps.process_executor import ProcessExecutor
     from peftzoo.sweeps.scheduler import Scheduler
 
     torch.set_num_threads(1)
@@ -231,13 +231,13 @@ def test_files_of_a_worker_with_another_folder_come_back(tmp_path, monkeypatch) 
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'peftzoo[ray]'")
     import tempfile
 
-    from peftzoo.sweeps import executors, ray_executor
+    from peftzoo.sweeps import executor, ray_executor
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
     (tmp_path / "node").mkdir()
     out = tmp_path / "here"
     done = ray_executor._execute_remotely(
-        executors.Job(1, requests([3])[0], out), [], 1, tmp_path / "no-marker"
+        executor.Job(1, requests([3])[0], out), [], 1, tmp_path / "no-marker"
     )
     assert done.job.out == out and not out.exists() and done.record.status == "ok"
     names = [Path(n) for n in done.files]

@@ -20,7 +20,7 @@ from peftzoo.runs import run
 from peftzoo.runs.estimates import Estimates
 from peftzoo.runs.plan import Plan, Request, resolve
 from peftzoo.sweeps import sweep_file
-from peftzoo.sweeps.executors import Job, JobResult, execute
+from peftzoo.sweeps.executor import Job, JobResult, execute
 from peftzoo.sweeps.scheduler import MAX_ATTEMPTS, Scheduler
 from peftzoo.sweeps.study import Study
 from peftzoo.tasks import overlap, run_data, sources, splits, task_files

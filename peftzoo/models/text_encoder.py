@@ -18,7 +18,7 @@ SELF = "self"
 """Name of the base model itself as the reader."""
 
 
-class TextReader(nn.Module):
+class TextEncoder(nn.Module):
     """The model `name`, frozen, with an adapter of `method` and one learned token.
 
     `self` is the base model, through modules of its own over the same weights, so that parts around the base
