@@ -23,7 +23,7 @@ SHORTER["generate"] = ["--steps", "2", "--limit", "2", "--batch-size", "2"]
 """Added to a command so that it ends soon; what the README shows stays as it is."""
 
 EARLIER = {
-    "results/records/gsm8k/gsm8k/embedded/unilora": "bench --method unilora --task gsm8k --steps 2 --limit 4",
+    "runs/records/gsm8k/gsm8k/embedded/unilora": "bench --method unilora --task gsm8k --steps 2 --limit 4",
     "as-lora": "export unilora/gsm8k/embedded/s0 --to lora --out as-lora",
 }
 """What earlier lines of the README make, for a line that runs alone."""

@@ -44,7 +44,7 @@ def bench(
     retention: str = typer.Option(None, metavar="TASK", help="Loss on this task's text, before and after."),
     data: str = typer.Option(None, help="Folder of a local data mirror (or PEFTZOO_DATA)."),
     source: str = typer.Option(None, help="embedded, mirror or hub."),
-    out: Path = typer.Option(Path("results"), help="Folder for records."),
+    out: Path = typer.Option(Path("runs"), help="Folder for records."),
     force: bool = typer.Option(False, help="Run again even if the record is there."),
     pack: str = typer.Option(
         "1", metavar="N", help="Train N runs of a task on one copy of the model: a number, auto, or 16GB."

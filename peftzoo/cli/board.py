@@ -12,11 +12,11 @@ from peftzoo.cli import output
 
 def add(app: typer.Typer) -> None:
     """Register the command."""
-    app.command(epilog="Example: peftzoo board results --out results --html site")(board)
+    app.command(epilog="Example: peftzoo board --html site")(board)
 
 
 def board(
-    results: Path = typer.Argument(Path("results"), help="Folder of records."),
+    results: Path = typer.Argument(None, help="Folder of records (default: runs, else the published)."),
     out: Path = typer.Option(
         None, help="Write board.md and a CSV file per table here, not to standard output."
     ),
@@ -42,6 +42,7 @@ def board(
         _print_external(external_results.read_all(import_peft), out, json)
         return
     notes: list[str] = []
+    results = output.results_folder(results)
     records = _read_records(results, notes)
     tables = engine.tables(records, baseline, notes.append)
     for note in notes:
@@ -73,8 +74,6 @@ def _read_records(results: Path, notes: list[str]) -> list[Any]:
     from peftzoo.errors import UserError
     from peftzoo.records import store
 
-    if not results.is_dir():
-        raise UserError(f'results folder "{results}": no such folder')
     entries = [*store.read_all(results)]
     notes += [str(e) for e in entries if isinstance(e, UserError)]
     records = [e for e in entries if not isinstance(e, UserError)]

@@ -27,7 +27,7 @@ def export(
     out: Path = typer.Option(..., help="A new folder."),
     rank: int = typer.Option(None, min=1, help="lora: its rank (default: the smallest exact one)."),
     model: str = typer.Option(None, help="The model, where the adapter does not name it."),
-    results: Path = typer.Option(Path("results"), help="Where records and adapters of runs lie."),
+    results: Path = typer.Option(None, help="Folder of the run (default: runs, else the published)."),
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
@@ -35,6 +35,7 @@ def export(
     from peftzoo.errors import UserError, unknown
     from peftzoo.interop import export as engine
     from peftzoo.interop import saved_runs
+    from peftzoo.records import store
 
     if to not in FORMATS:
         raise unknown("form", to, FORMATS)
@@ -43,7 +44,9 @@ def export(
     output.load_plugins(plugin)
     engine.assert_new(out)
     with redirect_stdout(sys.stderr):
-        opened = saved_runs.load(saved_runs.find(what, results), model)
+        opened = saved_runs.load(
+            saved_runs.find(what, [results] if results else store.folders_with_records()), model
+        )
         if to != "merged" and opened.card.get("prune"):
             raise UserError(
                 "this run pruned its base, so its adapter fits no published model: use --to merged"

@@ -127,6 +127,28 @@ def make_folder(path: Path, option: str = "--out") -> None:
         raise UserError(f'{option} "{path}": it may not be written to; name another folder')
 
 
+def results_folder(named: Path | None, option: str = "results") -> Path:
+    """The folder of records to read: the one that was named, else the first that has some, which is said.
+
+    Raises `UserError` for one that does not exist, and where there are no records at all.
+    """
+    from peftzoo.errors import UserError
+    from peftzoo.records import store
+
+    if named is not None:
+        if not named.is_dir():
+            raise UserError(f'{option} "{named}": no such folder')
+        return named
+    found = store.folders_with_records()
+    if not found:
+        raise UserError("no records here: make one with `peftzoo bench --method lora --task gsm8k`")
+    published = store.published_folder()
+    name = "the published records" if found[0] == published else f"the records in {found[0]}"
+    others = " (the published ones: name their folder)" if published in found[1:] else ""
+    note(f"reading {name}{others}")
+    return found[0]
+
+
 def load_plugins(files: list[str]) -> None:
     """Register the methods of these plugin files, which runs their code."""
     from peftzoo.contract import registry

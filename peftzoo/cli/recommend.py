@@ -21,7 +21,7 @@ def recommend(
     max_train_memory: str = typer.Option(
         None, help="Most memory for training (computed total), for example 16GB."
     ),
-    results: Path = typer.Option(Path("results"), help="Folder of records."),
+    results: Path = typer.Option(None, help="Folder of records (default: runs, else the published)."),
     top: int = typer.Option(5, min=1, help="Rows of each table to show."),
     json: bool = output.JSON,
 ) -> None:
@@ -39,8 +39,7 @@ def recommend(
         None if text is None else amount(option, text)
         for option, text in (("--max-trainable", max_trainable), ("--max-train-memory", max_train_memory))
     ]
-    if not results.is_dir():
-        raise UserError(f'--results "{results}": no such folder')
+    results = output.results_folder(results, "--results")
     records = []
     for entry in store.read_all(results):
         if isinstance(entry, UserError):

@@ -20,7 +20,7 @@ def add(app: typer.Typer) -> None:
 
 def sweep(
     file: Path = typer.Argument(..., help="YAML file: methods, tasks, models, seeds, set, train, search ..."),
-    out: Path = typer.Option(Path("results"), help="Folder for records."),
+    out: Path = typer.Option(Path("runs"), help="Folder for records."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan, with estimates, and do nothing."),
     workers: int = typer.Option(None, min=1, help="Runs at once (default: one per GPU, else per 4 cores)."),
     executor: str = typer.Option("local", help="local, or ray."),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
 
 import typer
 
@@ -14,11 +13,11 @@ from peftzoo.cli import output
 
 def add(app: typer.Typer) -> None:
     """Register the command."""
-    app.command(epilog="Example: peftzoo verify results/records/.../0123456789ab-s0.json")(verify)
+    app.command(epilog="Example: peftzoo verify unilora/gsm8k/embedded/s0")(verify)
 
 
 def verify(
-    record: Path = typer.Argument(..., help="The file of a record."),
+    record: str = typer.Argument(..., help="The file of a record, or a run's name or id."),
     tolerance: float = typer.Option(0.02, min=0, help="Largest difference of scores that is none."),
     run: bool = typer.Option(True, help="Do the run again; else only the files are checked."),
     task: str = typer.Option(None, help="The task's file, for a task that is not built in."),
@@ -39,7 +38,7 @@ def verify(
     from peftzoo.runs import verification as engine
 
     output.load_plugins(plugin)
-    verified = store.read(record)
+    verified = store.find(record, store.folders_with_records())
     if verified.status != "ok":
         raise UserError(
             f"{record}: a {verified.status} run has no result to verify: choose one under records/"

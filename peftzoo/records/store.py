@@ -7,18 +7,20 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from peftzoo.adapters import write_atomically
-from peftzoo.errors import UserError
+from peftzoo.errors import UserError, nearest
 from peftzoo.records.schema import Record
 
 FOLDERS = {"ok": "records", "failed": "failed", "cancelled": "cancelled"}
 """Folder of a record by its status: boards read the first one only."""
+RUNS = Path("runs")
+"""Where commands write records unless told otherwise."""
 LOCKS = "locks"
 """Subfolder of every results folder: a process holds a run's lock file while it executes that run."""
 
@@ -102,6 +104,21 @@ def _finite_float(text: str) -> float:
     return value
 
 
+def published_folder() -> Path | None:
+    """The records that come with peftzoo: `results/` of a source checkout or of the installed package."""
+    import peftzoo
+
+    places = (Path(place) / "results" for place in peftzoo.__path__)
+    return next((p for p in places if (p / FOLDERS["ok"]).is_dir()), None)
+
+
+def folders_with_records() -> list[Path]:
+    """Where a command looks for records when no folder is named: `runs`, `results`, the published ones."""
+    places = [RUNS, Path("results"), published_folder()]
+    found = [p for p in places if p is not None and any((p / FOLDERS["ok"]).rglob("*.json"))]
+    return list({p.resolve(): p for p in reversed(found)}.values())[::-1]
+
+
 def read_all(out: Path) -> Iterator[Record | UserError]:
     """Every record under `out/records`, or under `out` where that is no results folder, in order of path.
 
@@ -113,3 +130,23 @@ def read_all(out: Path) -> Iterator[Record | UserError]:
             yield read(file)
         except UserError as error:
             yield error
+
+
+def find(reference: str, folders: Iterable[Path]) -> Record:
+    """The one record that `reference` names: its file, or the run's name or id (`0123456789ab`, or with its
+    seed `0123456789ab-s0`) among the good records of `folders`.
+
+    Raises `UserError` where there is none, and where several fit.
+    """
+    if Path(reference).is_file():
+        return read(Path(reference))
+    known = [r for folder in folders for r in read_all(folder) if isinstance(r, Record)]
+    fitting = [r for r in known if reference in (r.name, r.id, f"{r.id}-s{r.seed}")]
+    if not fitting:
+        hint = nearest(reference, {r.name for r in known}) or "`peftzoo board` shows what there is"
+        raise UserError(f'"{reference}" is no file and no run on record: {hint}')
+    if len(fitting) > 1:
+        raise UserError(
+            f'"{reference}" names {len(fitting)} runs: name one of {", ".join(str(r.file) for r in fitting)}'
+        )
+    return fitting[0]

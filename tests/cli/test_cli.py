@@ -443,3 +443,33 @@ def test_an_option_for_one_of_several_methods(run_cli) -> None:
     line = "params --method lora,dora,hf:lora --set r=4 --set dora.r=2 --set hf:lora.r=3 --json"
     rows = one_document(run_cli(line)[1])
     assert [r["config"]["r"] for r in rows] == [4, 2, 3]
+
+
+def test_commands_that_read_say_which_records(run_cli, tmp_path, monkeypatch) -> None:
+    """`runs` of the current folder first, else the published records; nothing is said of a named folder."""
+    from tests.records.test_store import make
+
+    monkeypatch.chdir(tmp_path)
+    for line in ("board --json", "recommend --model embedded --task-like gsm8k --json"):
+        code, _, err = run_cli(line)
+        assert code == 0 and "reading the published records" in err, err
+    store.write(tmp_path / "runs", make())
+    code, out, err = run_cli("board --json")
+    assert code == 0 and "reading the records in runs" in err and len(json.loads(out)) == 1
+    code, _, err = run_cli(f"board {tmp_path / 'runs'} --json")
+    assert code == 0 and "reading" not in err
+    code, _, err = run_cli("board no-such-folder")
+    assert code == 2 and "no-such-folder" in err and err.count("\n") == 1
+
+
+def test_runs_are_written_to_runs(run_cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, _ = run_cli("bench --method none --task sst2 --limit 2 --json")
+    assert code == 0 and [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_missing_extra_is_said_before_the_first_run(run_cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, _, err = run_cli(f"bench --method none,hf:lora --task sst2 --limit 2 --out {tmp_path}")
+    assert code == 2 and "pip install 'peftzoo[peft]'" in err.splitlines()[-1], err
+    assert not list(tmp_path.rglob("*.json")), "a run was done before the mistake was told"

@@ -214,5 +214,31 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path) -> None:
         store.read(path)
 
 
+def test_folders_with_records_come_nearest_first(tmp_path, monkeypatch) -> None:
+    """`runs` before `results` before the published ones; a folder without records is no answer."""
+    monkeypatch.chdir(tmp_path)
+    published = store.published_folder()
+    assert store.folders_with_records() == ([published] if published else [])
+    (tmp_path / "runs" / "records").mkdir(parents=True)
+    store.write(tmp_path / "results", make())
+    assert store.folders_with_records()[0] == Path("results")
+    store.write(tmp_path / "runs", make())
+    assert store.folders_with_records()[:2] == [Path("runs"), Path("results")]
+    monkeypatch.chdir(published.parent)
+    assert store.folders_with_records().count(Path("results")) == 1, "one folder under two names is one"
+
+
+def test_a_record_is_found_by_file_name_and_id(tmp_path) -> None:
+    first, second = make(), make(id="b" * 12, seed=3, name="other/t/m/s3")
+    files = [store.write(tmp_path, r) for r in (first, second)]
+    for reference in (str(files[1]), "other/t/m/s3", "b" * 12, f"{'b' * 12}-s3"):
+        assert store.find(reference, [tmp_path]).file == files[1]
+    with pytest.raises(UserError, match=r"no file and no run on record: did you mean"):
+        store.find("othr/t/m/s3", [tmp_path])
+    store.write(tmp_path / "more", second)
+    with pytest.raises(UserError, match="names 2 runs: name one of"):
+        store.find("other/t/m/s3", [tmp_path, tmp_path / "more"])
+
+
 if __name__ == "__main__":
     SCHEMA.write_text(json.dumps(Record.model_json_schema(), indent=1) + "\n")
