@@ -1,4 +1,4 @@
-"""A wheel built from the tree holds methods, tasks and the embedded model, and works away from the tree."""
+"""A wheel built from the tree holds methods, tasks, published records and the embedded model, and works."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("peftzoo", "methods", "benchmarks", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("peftzoo", "methods", "benchmarks", "results", "pyproject.toml", "README.md", "LICENSE")
+
+
+COMMANDS = (
+    "list methods", "list tasks", "show lora", "check lora", "board",
+    "recommend --model embedded --task-like gsm8k --max-trainable 1M",
+)  # fmt: skip
+"""What works away from a checkout; the records that board and recommend read come with the wheel."""
 
 
 @pytest.mark.slow
@@ -36,16 +43,25 @@ def test_wheel(tmp_path: Path) -> None:
             if file.suffix in {".py", ".yaml", ".md"}:
                 assert f"{package}/{file.relative_to(ROOT / folder)}" in inside
     assert "peftzoo/assets/embedded/model.safetensors" in inside
-    assert not any(name.startswith(("methods/", "benchmarks/", "tests/")) for name in inside)
+    assert not any(name.startswith(("methods/", "benchmarks/", "results/", "tests/")) for name in inside)
+    records = {p.relative_to(ROOT) for p in (ROOT / "results" / "records").rglob("*.json")}
+    assert records and {f"peftzoo/{p.as_posix()}" for p in records} <= inside
+    assert wheel.stat().st_size < 20_000_000
 
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True, capture_output=True)
-    words = [sys.executable, "-m", "peftzoo", "bench", "--method", "lora", "--task", "gsm8k", "--steps", "1"]
+    away = tmp_path / "away"
+    away.mkdir()
     env = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, "--limit", "2", "--json", "--max-new-tokens", "4"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)[0]
+
+    def run(line: str) -> str:
+        words = [sys.executable, "-m", "peftzoo", *line.split()]
+        done = subprocess.run(words, cwd=away, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and done.stdout, f"{line}: {done.stderr}"
+        return done.stdout
+
+    for line in COMMANDS:
+        run(line)
+    bench = "bench --method unilora --task gsm8k --steps 1 --limit 2 --max-new-tokens 4 --json"
+    record = json.loads(run(bench))[0]
     assert record["status"] == "ok" and record["environment"]["commit"] is None  # not the checkout's copy
