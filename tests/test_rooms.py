@@ -17,7 +17,8 @@ from peftzoo.contract import former_names
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "peftzoo"
 ROOMS = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
-LINT = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo"]
+LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()"]
+LINT += ["--no-cache", "--no-logo"]
 
 
 def modules(room: str) -> set[str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from peftzoo import models
 from peftzoo.adapters import attach
 from peftzoo.contract import Context
 from peftzoo.errors import UserError
+
+if TYPE_CHECKING:  # imported only where one is loaded: methods that use this file are listed quickly
+    from transformers import PreTrainedModel
 
 SELF = "self"
 """Name of the base model itself as the reader."""
@@ -72,6 +74,8 @@ class TextEncoder(nn.Module):
 
 def _base_model(ctx: Context) -> tuple[PreTrainedModel, Any]:
     """Base model and tokenizer: new modules over the base's own weights, without its head."""
+    from transformers import PreTrainedModel
+
     if not isinstance(ctx.model, PreTrainedModel) or ctx.model.config.is_encoder_decoder:
         raise UserError(f"{type(ctx.model).__name__} cannot read for itself: name another model")
     shared = {id(t): t for t in (*ctx.model.parameters(), *ctx.model.buffers())}  # deepcopy's memo

@@ -304,7 +304,7 @@ class Interrupted(Exception):
 def test_the_energy_of_a_resumed_run_is_not_known(base, tmp_path, monkeypatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(counters.Energy, "_read", lambda self: float(next(ticks)))
-    checkpointing = {"save_to": tmp_path / "state.safetensors", "save_every": 3}
+    checkpointing = {"checkpoint_path": tmp_path / "state.safetensors", "save_every": 3}
 
     def stop(step: int, *_) -> None:
         if step == 5:
@@ -341,7 +341,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
         if step == 7:
             raise Interrupted
 
-    checkpointing = {"save_to": file, "save_every": 3}
+    checkpointing = {"checkpoint_path": file, "save_every": 3}
     with pytest.raises(Interrupted):
         loop(copy.deepcopy(base), method, {**checkpointing, "on_step": stop}, **settings).run()
     torch.rand(100)  # whatever the process drew meanwhile
@@ -368,7 +368,9 @@ def interrupted(base: nn.Module, file: Path) -> list[float]:
 
     expected = loop(copy.deepcopy(base)).run().losses
     with pytest.raises(Interrupted):
-        loop(copy.deepcopy(base), loop_options={"save_to": file, "save_every": 3, "on_step": stop}).run()
+        loop(
+            copy.deepcopy(base), loop_options={"checkpoint_path": file, "save_every": 3, "on_step": stop}
+        ).run()
     assert file.is_file()
     return expected
 
@@ -390,7 +392,7 @@ def test_a_damaged_checkpoint_is_left_aside(base, tmp_path, damage: str) -> None
     bad = DAMAGE[damage](file.read_bytes())
     assert bad != file.read_bytes()
     file.write_bytes(bad)
-    stats = loop(copy.deepcopy(base), loop_options={"save_to": file}).run()
+    stats = loop(copy.deepcopy(base), loop_options={"checkpoint_path": file}).run()
     assert stats.resumed_at == 0 and stats.losses == expected
 
 
