@@ -68,9 +68,9 @@ class Trainable(nn.Module):
 class Loop:
     """Trains one attached adapter on a list of examples; `stats` holds what is measured.
 
-    `pad` is the padding token's id. With `checkpoint_path`, a checkpoint is written there every `save_every` steps,
-    and the next run goes on from it. `order`: the example numbers of each step, in place of an order drawn
-    from the seed. Callbacks: `on_batch(rows)` before each step, `on_step(step, total, loss,
+    `pad` is the padding token's id. With `checkpoint_path`, a checkpoint is written there every `save_every`
+    steps, and the next run goes on from it. `order`: the example numbers of each step, in place of an order
+    drawn from the seed. Callbacks: `on_batch(rows)` before each step, `on_step(step, total, loss,
     tokens_per_second)` after it, and `on_eval(step)` after each step in `eval_at`, which is not timed.
     """
 
