@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench test lint install clean
+.PHONY: bench test test-long lint install clean
 
 bench: .venv/installed
 	$(BIN)/peftzoo bench --method unilora --task gsm8k
 
 test: .venv/installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=20
+
+# What takes a minute or more: twenty kills of sweeps, workers of Ray that die, the default budget of LoRA,
+# a board of ten thousand records.
+test-long: .venv/installed-all
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long -n 2 --durations=20
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
 import re
 import shlex
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,10 +35,23 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
+def commands() -> list[tuple[list[str], str]]:
+    """(words, comment) of each line that runs peftzoo."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    found = [shlex.split(line, comments=True) for line in lines if "peftzoo " in line.split("#")[0]]
-    return [words for words in found if Path(words[0]).name == "peftzoo"]
+    found = [(shlex.split(line, comments=True), line.partition("#")[2]) for line in lines]
+    return [(words, comment) for words, comment in found if words and Path(words[0]).name == "peftzoo"]
+
+
+def packages_of_extras(named: str) -> set[str]:
+    """Import names of the packages that only an extra brings, but for the extras that a comment names."""
+    wanted = set(re.findall(r"peftzoo\[(\w+)\]", named))
+    brought: dict[str, set[str]] = {}
+    for line in importlib.metadata.requires("peftzoo"):
+        package = re.split(r"[^\w.-]", line)[0].replace("-", "_")
+        for extra in re.findall(r"extra == [\"'](\w+)", line) or ["base"]:
+            brought.setdefault(package, set()).add(extra)
+    engine = {"peft", "ray", "trackio", "nevergrad", "optuna"}  # torchao is looked for by PEFT itself
+    return {p for p in engine if "base" not in brought[p] and not brought[p] & wanted}
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
@@ -44,6 +59,21 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
+
+
+@contextmanager
+def without(packages: set[str]) -> Iterator[None]:
+    """Inside, these packages cannot be imported, as where they are not installed."""
+    hidden = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in packages}
+    for name in hidden:
+        del sys.modules[name]
+    sys.modules.update(dict.fromkeys(packages))
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def call(folder: Path, *words: str) -> SimpleNamespace:
@@ -74,8 +104,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("words", commands(), ids=lambda w: "_".join(w[1:5]))
-def test_command(words: list[str], folder: Path) -> None:
+@pytest.mark.parametrize(("words", "comment"), commands(), ids=["_".join(w[1:5]) for w, _ in commands()])
+def test_command(words: list[str], comment: str, folder: Path) -> None:
+    """The line works without the extras that it does not name."""
     words = words[1:] + SHORTER.get(words[1], [])
     if "FOLDER" in words:
         if not MIRROR.is_dir():
@@ -97,10 +128,11 @@ def test_command(words: list[str], folder: Path) -> None:
         if not (folder / made).exists():
             call(folder, *command.split())
     if "members=library/adapters" in words and not any((folder / "library").glob("adapters/*/adapter.json")):
-        (library,) = (c[1:] for c in commands() if c[-2:] == ["--out", "library"])
+        (library,) = (c[1:] for c, _ in commands() if c[-2:] == ["--out", "library"])
         made = call(folder, *library, *SHORTER["bench"])
         assert made.returncode == 0, made.stderr
-    done = call(folder, *words)
+    with without(packages_of_extras(comment)):
+        done = call(folder, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr
@@ -118,3 +150,14 @@ def test_the_two_first_commands_are_targets() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert [line.split()[1] for line in first.strip().splitlines()] == ["bench", "test"]
     assert {"bench", "test", "install", "lint"} <= set(targets)
+
+
+@pytest.mark.parametrize(("line", "missing"), [
+    ("bench --method none,hf:lora --task sst2 --limit 2", "peftzoo[peft]"),
+    ("profile --method lora --against peft", "peftzoo[peft]"),
+])  # fmt: skip
+def test_a_line_that_does_not_name_its_extra_would_fail(line: str, missing: str, tmp_path: Path) -> None:
+    """The test above can fail: without the comment, the same lines end with the extra's name."""
+    with without(packages_of_extras("")):
+        done = call(tmp_path, *line.split())
+    assert done.returncode == 2 and missing in done.stderr and "Traceback" not in done.stderr

@@ -245,11 +245,56 @@ def print_results(results: list[Any], json: bool, groups: dict[str, tuple[str, .
         first = records[0]
         about = f"{first.data['scored_rows']} rows, {first.data['source']} data, {first.protocol}"
         title = f"{task} on {first.model}: {about}"
-        output.print_table(title, COLUMNS, [_row(r) for r in records], right=COLUMNS[2:])
+        rows = [_row(r) for r in records]
+        columns = [i for i, _ in enumerate(COLUMNS) if i < 3 or any(row[i] for row in rows)]
+        output.print_table(
+            title,
+            [COLUMNS[i] for i in columns],
+            [[row[i] for i in columns] for row in rows],
+            right=COLUMNS[1:],
+        )
+        _print_means(task, records)
     for name, members in groups.items():
         _print_group_mean(name, members, [record for record, _, _ in results])
     for record, path, _ in results:
         print(f"{record.status}: {path}" + (f" ({record.reason})" if record.reason else ""))
+    _print_next([record for record, _, _ in results], results[0][1])
+
+
+def _print_next(records: list[Any], path: Path) -> None:
+    """Print what to do with these runs."""
+    root = next((p.parent for p in path.parents if p.name == "records"), None)
+    if root is None:  # none of them is good
+        print("Next: the reason above; the same command tries again")
+    elif len({r.seed for r in records}) < 3:
+        print("Next: --seeds 0,1,2,3,4 for a mean that can be compared; a run on record is not done again")
+    else:
+        print(f"Next: peftzoo board {root}")
+
+
+def _print_means(task: str, records: list[Any]) -> None:
+    """Print a row per method and configuration with several seeds: the mean over seeds and its interval."""
+    from peftzoo.boards import ranks
+
+    by_id: dict[str, list[Any]] = {}
+    for r in records:
+        if r.result and r.result.value is not None:
+            by_id.setdefault(r.id, []).append(r)
+    rows = []
+    for same in by_id.values():
+        scores = [r.result.value for r in same]
+        if len(scores) > 1:
+            rows.append((sum(scores) / len(scores), ranks.confidence_half_width(scores), same))
+    if not rows:
+        return
+    rows.sort(key=lambda row: -row[0])
+    cells = [
+        [same[0].method, len(same), output.format_number(mean), output.format_number(half)]
+        for mean, half, same in rows
+    ]
+    columns = ("method", "seeds", "mean", "+-95 %")
+    title = f"{task}: {rows[0][2][0].result.metric}, mean over seeds"
+    output.print_table(title, columns, cells, right=columns[1:])
 
 
 def _print_group_mean(name: str, members: tuple[str, ...], records: list[Any]) -> None:
@@ -285,6 +330,14 @@ COLUMNS = (
 )
 
 
+def _unmerged(r: Any) -> str:
+    """The unmerged score where it differs from the merged one on the same rows, and on how many rows."""
+    if not r.merged_score or not r.score or r.score.rows != r.merged_score.rows:
+        return ""
+    same = r.score.value == r.merged_score.value
+    return "" if same else output.format_number(r.score.value)
+
+
 def _row(r: Any) -> list[Any]:
     """The cells of a record, in the order of `COLUMNS`."""
 
@@ -294,7 +347,7 @@ def _row(r: Any) -> list[Any]:
     memory = r.memory.get("computed_total")
     return [
         r.method, r.seed, f"{r.result.metric} {score(r.result)}" if r.result else r.status,
-        output.format_number(r.result.stderr) if r.result else "", score(r.score) if r.merged_score else "",
+        output.format_number(r.result.stderr) if r.result else "", _unmerged(r),
         output.format_number(r.result.unparsed, 2) if r.result else "",
         output.format_count(r.trainable_params), output.format_number(r.step_time.get("median_ms"), 1),
         output.format_number(r.tokens_per_second, 0),

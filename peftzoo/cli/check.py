@@ -42,8 +42,22 @@ def check(
         _print_summary(results_by_method)
     for m, r in failed:
         output.note(f"failed: {m}, {r.check} on {r.arch}: {r.reason}")
+    if not json:
+        _print_verdict(results_by_method)
     if failed:
         raise typer.Exit(1)
+
+
+def _print_verdict(results_by_method: dict[str, list]) -> None:
+    """Print in one line which methods hold, and what to do next."""
+    bad = [m for m, results in results_by_method.items() if any(r.outcome == "failed" for r in results)]
+    if bad:
+        print(f"Not all checks hold for {', '.join(bad)}: the lines above say what is wrong.")
+    elif len(results_by_method) == 1:
+        (name,) = results_by_method
+        print(f"{name} passes every check. Next: peftzoo bench --method {name} --task gsm8k")
+    else:
+        print(f"All {len(results_by_method)} methods pass every check.")
 
 
 def _print_checks(name: str, results: list) -> None:

@@ -44,9 +44,9 @@ def export(
     output.load_plugins(plugin)
     engine.assert_new(out)
     with redirect_stdout(sys.stderr):
-        opened = saved_runs.load(
-            saved_runs.find(what, [results] if results else store.folders_with_records()), model
-        )
+        folder = saved_runs.find(what, [results] if results else store.folders_with_records())
+        output.note(f"adapter: {folder}")
+        opened = saved_runs.load(folder, model)
         if to != "merged" and opened.card.get("prune"):
             raise UserError(
                 "this run pruned its base, so its adapter fits no published model: use --to merged"

@@ -9,6 +9,15 @@ import typer
 from peftzoo.cli import output
 
 KINDS = ("methods", "tasks", "models")
+COLUMNS = {
+    "methods": ("name", "family", "lr", "merges", "title"),
+    "models": ("name", "kind", "parameters", "where", "description"),
+}
+"""Of the tables; `--json` has all facts."""
+MORE = {
+    "methods": "More of each: peftzoo show NAME",
+    "models": "Bring a real one here: peftzoo models get NAME",
+}
 
 
 def add(app: typer.Typer) -> None:
@@ -33,8 +42,10 @@ def list_(
     if what == "tasks":
         _print_suites(rows)
         return
-    cells = [[_cell(v) for v in r.values()] for r in rows]
-    output.print_table(f"{len(rows)} {what}", [*rows[0]], cells, right=("parameters", "lr"))
+    columns = COLUMNS[what]
+    cells = [[_cell(r[c]) for c in columns] for r in rows]
+    output.print_table(f"{len(rows)} {what}", columns, cells, right=("parameters", "lr"))
+    print(MORE[what])
 
 
 def _print_suites(rows: list[dict[str, Any]]) -> None:

@@ -32,26 +32,70 @@ def print_json(document: Any) -> None:
 def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[str] = ()
 ) -> None:
-    """Print a table on standard output; the columns named in `right` are right-aligned."""
-    from rich import box
+    """Print a table on standard output; the columns named in `right` hold numbers.
+
+    On a terminal text is wrapped to its width, numbers and the first column never; where these alone are too
+    wide, each row is a list of its cells. In a pipe a row is a line, aligned with spaces, without any rules.
+    """
+    names = list(columns)
+    cells = [["" if c is None else _printable(str(c)) for c in row] for row in rows]
+    numeric = {i for i, name in enumerate(names) if name in set(right)}
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    if not sys.stdout.isatty():
+        print(_printable(title), _line(names, widths, numeric), sep="\n")
+        for row in cells:
+            print(_line([c.replace("\n", " ") for c in row], widths, numeric))
+        print()
+        return
     from rich.console import Console
+
+    console = Console(highlight=False)
+    least = sum(w if i == 0 or i in numeric else min(w, LEAST_TEXT) for i, w in enumerate(widths))
+    if least + GAP * (len(names) - 1) > console.width:
+        _print_lists(console, title, names, cells)
+    else:
+        console.print(_rich_table(title, names, cells, numeric))
+
+
+LEAST_TEXT, GAP = 12, 2
+"""Characters that a text column needs at least, and between two columns."""
+
+
+def _line(row: list[str], widths: list[int], numeric: set[int]) -> str:
+    """The cells aligned with spaces."""
+    aligned = [
+        c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+    ]
+    return (" " * GAP).join(aligned).rstrip()
+
+
+def _rich_table(title: str, names: list[str], cells: list[list[str]], numeric: set[int]) -> Any:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    columns = list(columns)
-    out = Table(
-        title=Text(_printable(title), "bold"),
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
+    heading = Text(_printable(title), "bold")
+    table = Table(
+        title=heading, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, GAP, 0, 0)
     )
-    for i, c in enumerate(columns):  # the first column holds names to copy: it is not wrapped
-        out.add_column(c, justify="right" if c in set(right) else "left", overflow="fold", no_wrap=i == 0)
-    for row in rows:
-        out.add_row(*(Text("" if cell is None else _printable(str(cell))) for cell in row))
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False).print(out)
+    for i, name in enumerate(names):
+        whole = i == 0 or i in numeric
+        table.add_column(name, justify="right" if i in numeric else "left", overflow="fold", no_wrap=whole)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _print_lists(console: Any, title: str, names: list[str], cells: list[list[str]]) -> None:
+    """Each row as a list of its cells that are not empty."""
+    from rich.text import Text
+
+    console.print(Text(_printable(title), "bold"))
+    for row in cells:
+        console.print(Text(row[0], "bold"), soft_wrap=True)
+        for name, cell in zip(names[1:], row[1:], strict=True):
+            if cell:
+                console.print(Text(f"  {name}: {cell}"), overflow="fold")
 
 
 def note(text: str) -> None:

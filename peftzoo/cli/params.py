@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -28,11 +29,8 @@ def params(
     json: bool = output.JSON,
 ) -> None:
     """Count trainable parameters exactly; no weights are loaded."""
-    from peftzoo import models
-    from peftzoo.adapters import attach, configure
     from peftzoo.contract import registry
     from peftzoo.errors import UserError
-    from peftzoo.records.published import NONE, get
 
     output.load_plugins(plugin)
     names = output.parse_names(method, registry.methods(), "method")
@@ -42,31 +40,52 @@ def params(
         raise UserError(f'--out "{out}" is for the table of --published')
     rows, set_options = [], output.parse_set(set_, names)
     for name in names:
-        cls = registry.get(name)
-        options = (get(cls, preset) if preset else NONE).options | set_options[name]
-        adapter = configure(cls, options)
-        base = models.on_meta(model)
-        total = sum(p.numel() for p in base.parameters())
-        attached = attach(base, adapter)
-        stored = sum(t.numel() for t in attached.state_dict().values())
-        rows.append({
-            "name": f"{name}/{model}", "status": "ok", "method": name, "model": model,
-            "trainable_params": attached.trainable_count(), "stored_params": stored, "base_params": total,
-            "sites": len(attached.sites), "config": adapter.config.model_dump(mode="json"),
-        })  # fmt: skip
+        try:
+            rows.append(_count(name, model, preset, set_options[name]))
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            rows.append({"name": f"{name}/{model}", "status": "failed", "method": name, "reason": str(error)})
+    counted = [r for r in rows if r["status"] == "ok"]
     if json:
         output.print_json(rows)
-        return
+    elif counted:
+        _print_rows(model, rows, counted[0]["base_params"])
+    if not counted:
+        raise UserError(rows[0]["reason"])
+
+
+def _count(name: str, model: str, preset: str | None, set_options: dict[str, str]) -> dict[str, Any]:
+    """The row of one method. Raises `UserError` where it does not fit the model."""
+    from peftzoo import models
+    from peftzoo.adapters import attach, configure
+    from peftzoo.contract import registry
+    from peftzoo.records.published import NONE, get
+
+    cls = registry.get(name)
+    adapter = configure(cls, (get(cls, preset) if preset else NONE).options | set_options)
+    base = models.on_meta(model)
+    total = sum(p.numel() for p in base.parameters())
+    attached = attach(base, adapter)
+    return {
+        "name": f"{name}/{model}", "status": "ok", "method": name, "model": model,
+        "trainable_params": attached.trainable_count(),
+        "stored_params": sum(t.numel() for t in attached.state_dict().values()), "base_params": total,
+        "sites": len(attached.sites), "config": adapter.config.model_dump(mode="json"),
+    }  # fmt: skip
+
+
+def _print_rows(model: str, rows: list[dict[str, Any]], total: int) -> None:
+    """Print the counts, with the reason for a method that does not fit."""
     cells = [
         [r["method"], output.format_count(r["trainable_params"]),
-         f"{100 * r['trainable_params'] / r['base_params']:.4f} %",
-         output.format_count(r["stored_params"]), r["sites"],
+         f"{100 * r['trainable_params'] / total:.4f} %", output.format_count(r["stored_params"]), r["sites"],
          ", ".join(f"{k}={_as_text(v)}" for k, v in r["config"].items())]
+        if r["status"] == "ok" else [r["method"], "", "", "", "", r["reason"]]
         for r in rows
     ]  # fmt: skip
-    title = f"{model}: {rows[0]['base_params']:,} parameters"
-    output.print_table(title, ("method", "trained", "of base", "stored", "sites", "options"), cells,
-               right=("trained", "of base", "stored", "sites"))  # fmt: skip
+    columns = ("method", "trained", "of base", "stored", "sites", "options")
+    output.print_table(f"{model}: {total:,} parameters", columns, cells, right=columns[1:5])
 
 
 def _print_published(methods: list[str], out: Path | None, json: bool) -> None:

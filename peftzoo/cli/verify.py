@@ -39,6 +39,7 @@ def verify(
 
     output.load_plugins(plugin)
     verified = store.find(record, store.folders_with_records())
+    output.note(f"record: {verified.file}")
     if verified.status != "ok":
         raise UserError(
             f"{record}: a {verified.status} run has no result to verify: choose one under records/"

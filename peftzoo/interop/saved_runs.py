@@ -39,8 +39,9 @@ class OpenedAdapter:
 def find(reference: str, folders: Sequence[Path]) -> Path:
     """The adapter folder that `reference` names: the folder itself, a record's file, a run's id or its name.
 
-    An id is `0123456789ab-s0`, or `0123456789ab` where only one seed is saved; runs are looked for in all of
-    `folders`. Raises `UserError` when there is no such run, several of them, or no saved adapter.
+    An id is `0123456789ab-s0`, or `0123456789ab` where only one seed is saved. The first of `folders` that
+    knows the run decides. Raises `UserError` when there is no such run, several of them in one folder, or no
+    saved adapter.
     """
     path = Path(reference).expanduser()
     if path.is_dir():
@@ -48,19 +49,20 @@ def find(reference: str, folders: Sequence[Path]) -> Path:
     if path.is_file():
         record = store.read(path)
         roots = [p.parent for p in path.parents if p.name == "records"][:1]
-        places = [root / "adapters" / f"{record.id}-s{record.seed}" for root in roots or folders]
+        candidates = [[root / "adapters" / f"{record.id}-s{record.seed}"] for root in roots or folders]
     elif re.fullmatch(r"[0-9a-f]{12}(-s\d+)?", reference):
         pattern = reference if "-s" in reference else f"{reference}-s*"
-        places = [p for folder in folders for p in (folder / "adapters").glob(pattern)]
+        candidates = [[*(folder / "adapters").glob(pattern)] for folder in folders]
     else:
-        records = [r for f in folders for r in store.read_all(f) if isinstance(r, Record)]
-        named = [r for r in records if r.name == reference]
-        if not named:
-            hint = nearest(reference, {r.name for r in records}) or "name one of these"
-            places = ", ".join(f.name for f in folders) or "any folder here"
-            raise UserError(f'"{reference}" is no folder, no record and no run in {places}: {hint}')
-        places = [_root(r) / "adapters" / f"{r.id}-s{r.seed}" for r in named]
-    if len(places := list(dict.fromkeys(places))) > 1:
+        records = [[r for r in store.read_all(f) if isinstance(r, Record)] for f in folders]
+        candidates = [[_root(r) / "adapters" / f"{r.id}-s{r.seed}" for r in rs if r.name == reference]
+                      for rs in records]  # fmt: skip
+        if not any(candidates):
+            hint = nearest(reference, {r.name for rs in records for r in rs}) or "name one of these"
+            names = ", ".join(f.name for f in folders) or "any folder here"
+            raise UserError(f'"{reference}" is no folder, no record and no run in {names}: {hint}')
+    places = next(filter(None, candidates), [])
+    if len(places) > 1:
         which = ", ".join(sorted(f"{p.name} (in {p.parents[1]})" for p in places))
         raise UserError(f'"{reference}" names {len(places)} runs: name the record or the folder of {which}')
     if not places or not places[0].is_dir():

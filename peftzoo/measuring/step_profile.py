@@ -63,6 +63,8 @@ def profile(
     """
     if against not in (None, "peft"):
         raise UserError(f'against "{against}": only "peft" can be measured against')
+    if against:
+        _check_installed()
     if rounds < 1:
         raise UserError(f"rounds={rounds}: at least one round is needed")
     torch.manual_seed(0)
@@ -75,6 +77,13 @@ def profile(
         except Exception as error:  # one method must not end the table
             rows.append(_empty_row(name) | {"status": "failed", "reason": _reason(error)})
     return rows
+
+
+def _check_installed() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError("HF PEFT is not installed: pip install 'peftzoo[peft]'") from None
 
 
 def _empty_row(name: str) -> dict[str, Any]:

@@ -134,19 +134,21 @@ def read_all(out: Path) -> Iterator[Record | UserError]:
 
 def find(reference: str, folders: Iterable[Path]) -> Record:
     """The one record that `reference` names: its file, or the run's name or id (`0123456789ab`, or with its
-    seed `0123456789ab-s0`) among the good records of `folders`.
+    seed `0123456789ab-s0`) among the good records of `folders`, of which the first that knows it decides.
 
-    Raises `UserError` where there is none, and where several fit.
+    Raises `UserError` where there is none, and where several in one folder fit.
     """
     if Path(reference).is_file():
         return read(Path(reference))
-    known = [r for folder in folders for r in read_all(folder) if isinstance(r, Record)]
-    fitting = [r for r in known if reference in (r.name, r.id, f"{r.id}-s{r.seed}")]
-    if not fitting:
-        hint = nearest(reference, {r.name for r in known}) or "`peftzoo board` shows what there is"
-        raise UserError(f'"{reference}" is no file and no run on record: {hint}')
-    if len(fitting) > 1:
-        raise UserError(
-            f'"{reference}" names {len(fitting)} runs: name one of {", ".join(str(r.file) for r in fitting)}'
-        )
-    return fitting[0]
+    names: set[str] = set()
+    for folder in folders:
+        records = [r for r in read_all(folder) if isinstance(r, Record)]
+        names |= {r.name for r in records}
+        fitting = [r for r in records if reference in (r.name, r.id, f"{r.id}-s{r.seed}")]
+        if len(fitting) > 1:
+            files = ", ".join(str(r.file) for r in fitting)
+            raise UserError(f'"{reference}" names {len(fitting)} runs: name one of {files}')
+        if fitting:
+            return fitting[0]
+    hint = nearest(reference, names) or "`peftzoo board` shows what there is"
+    raise UserError(f'"{reference}" is no file and no run on record: {hint}')

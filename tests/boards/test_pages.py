@@ -246,7 +246,7 @@ def test_sorted_filtered_and_searched_in_chromium(browser, folder: Path, tmp_pat
     assert complaints == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_records(tmp_path, monkeypatch) -> None:
     """Reading, ranking and writing the pages of 10,000 runs: in under 20 s of this process's own time."""
     monkeypatch.setattr(atomic.os, "fsync", lambda _: None)

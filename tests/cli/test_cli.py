@@ -273,9 +273,9 @@ def test_a_list_of_tasks_says_where_their_rows_may_come_from(run_cli, tmp_path, 
     assert found["gsm8k"]["sources"] == ["embedded", "mirror", "hub"] and found["gsm8k"]["suite"] == "gsm8k"
     assert found["sst2"]["sources"] == ["embedded", "hub"] and found["math"]["sources"] == ["embedded", "hub"]
     assert found["bbh-causal_judgement"]["sources"] == ["hub"]
-    line = next(x for x in run_cli("list tasks")[1].splitlines() if " sst2 " in x)
+    line = next(x for x in run_cli("list tasks")[1].splitlines() if x.startswith("sst2 "))
     assert re.search(r"sst2 +acc +last-step.* 300 *$", line), line
-    line = next(x for x in run_cli("list tasks")[1].splitlines() if " gsm8k " in x)
+    line = next(x for x in run_cli("list tasks")[1].splitlines() if x.startswith("gsm8k "))
     assert re.search(r"gsm8k +exact_match,strict +gsm8k-train +200 +yes *$", line), line
 
 

@@ -235,9 +235,11 @@ def test_a_record_is_found_by_file_name_and_id(tmp_path) -> None:
         assert store.find(reference, [tmp_path]).file == files[1]
     with pytest.raises(UserError, match=r"no file and no run on record: did you mean"):
         store.find("othr/t/m/s3", [tmp_path])
-    store.write(tmp_path / "more", second)
+    near = store.write(tmp_path / "near", second)
+    assert store.find("other/t/m/s3", [tmp_path / "near", tmp_path]).file == near, "the first folder decides"
+    store.write(tmp_path / "near", second.model_copy(update={"id": "c" * 12}))
     with pytest.raises(UserError, match="names 2 runs: name one of"):
-        store.find("other/t/m/s3", [tmp_path, tmp_path / "more"])
+        store.find("other/t/m/s3", [tmp_path / "near", tmp_path])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,6 @@ def test_untrained_model_is_under_15_percent(tmp_path: Path) -> None:
     assert score("none", tmp_path) < 0.15
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lora_passes_50_percent(tmp_path: Path) -> None:
     assert score("lora", tmp_path) > 0.50

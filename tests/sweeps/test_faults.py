@@ -30,7 +30,6 @@ from peftzoo.training import checkpoints
 from tests.records.test_store import make
 
 FAST = {"steps": 6, "batch_size": 2}
-KILLS = 20
 PRELOAD = ["peftzoo.sweeps.scheduler", "peftzoo.contract.registry", "peftzoo.scoring.language_model",
            "accelerate", "datasets", "lm_eval.evaluator",
            "transformers.models.llama.modeling_llama", "transformers.generation.utils"]  # fmt: skip
@@ -93,7 +92,8 @@ def reached(out: Path) -> dict[int, int]:
 
 
 @pytest.mark.slow
-def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path, kills: int) -> None:
     rng = random.Random()
     process(tmp_path, [], 1).join()  # the server of processes is there from now on
     began = time.perf_counter()
@@ -101,7 +101,7 @@ def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path) -> None:
     long = 1.5 * (time.perf_counter() - began)
     out, killed = tmp_path / "out", {"sweep": 0, "worker": 0}
     finished, steps = {}, {}
-    while sum(killed.values()) < KILLS:
+    while sum(killed.values()) < kills or not any(r.resumed_at for r in finished.values()):
         going = process(out, requests(range(len(finished) + 1)), workers=1)  # one run is always left to do
         time.sleep(rng.uniform(0, long))
         try:
@@ -187,7 +187,7 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path) -> None:
     assert not [*(out / "cancelled").rglob("*.json")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_ray_sweep_survives_its_workers(tmp_path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'peftzoo[ray]'")
     from peftzoo.sweeps.ray_executor import RayExecutor
