@@ -170,7 +170,9 @@ def _run_each(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]
 
             def on_progress(stage: str, step: int, total: int, values: dict[str, float],
                             line: Any = line, title: str = title) -> None:  # fmt: skip
-                activity = {"load": "loading", "train": "training", "score": "scoring"}[stage]
+                activity = output.ACTIVITIES[stage]
+                if stage == "wait" and bar.disable:
+                    output.note(f"{title}: {activity}")
                 text = (
                     f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tok/s" if values else ""
                 )
@@ -209,7 +211,7 @@ def _run_in_packs(plans: list[Any], out: Path, options: dict[str, Any]) -> list[
 
             def on_progress(stage: str, step: int, total: int, values: dict[str, float],
                             line: Any = line, title: str = title) -> None:  # fmt: skip
-                activity = {"load": "loading", "train": "training", "score": "scoring"}[stage]
+                activity = output.ACTIVITIES[stage]
                 activity += f" {values['runs']:.0f} at once" if "runs" in values else ""
                 bar.update(line, description=f"{title}: {activity}", completed=step, total=total)
 

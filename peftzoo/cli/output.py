@@ -24,6 +24,13 @@ TRUST_TASK_CODE = typer.Option(
 PLUGIN = typer.Option([], "--plugin", metavar="FILE", help="Load a method from a file (runs its code).")
 
 
+ACTIVITIES = {
+    "wait": "waiting for another program that does this run", "load": "loading", "train": "training",
+    "score": "scoring",
+}  # fmt: skip
+"""The stages of a run (`runner.Progress`) in words."""
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document on standard output. Raises `ValueError` for NaN and infinity."""
     print(json.dumps(document, indent=1, allow_nan=False))

@@ -187,7 +187,7 @@ class SweepProgress:
         """Update the bar of a worker; `executor.ProgressCallback`."""
         if worker not in self.lines:
             self.lines[worker] = self.bar.add_task("", total=1, values="")
-        r, activity = job.request, {"load": "loading", "train": "training", "score": "scoring"}[stage]
+        r, activity = job.request, output.ACTIVITIES[stage]
         title = f"{r.method} on {r.task}, seed {r.seed}"
         if job.companions:
             title = f"{len(job.requests)} runs on {r.task}"

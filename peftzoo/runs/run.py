@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,15 @@ def run(request: Request | Plan, out: Path, *, force: bool = False, progress: Pr
     on_progress, plan = progress or (lambda *_: None), as_plan(request)
     record, accelerator = new_record(plan), accelerator or make_accelerator()
     on_progress("load", 0, 1, {})
-    with run_lock(out, record, lock_timeout) if accelerator.is_main_process else nullcontext():
+    waiting = partial(on_progress, "wait", 0, 1, {})
+    with run_lock(out, record, lock_timeout, waiting) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()  # the main process holds the lock before the others look
         target = store.path(out, record)
         on_record = target.is_file() and not force
         accelerator.wait_for_everyone()  # no process writes before all have looked
         if on_record:
             return store.read(target), target, False
+        on_progress("load", 0, 1, {})
         return _execute_and_record(
             Runner(plan, load_model(plan), record, out, on_progress, tracker, accelerator), force
         )
@@ -81,25 +84,35 @@ class Busy(Exception):
 
 
 @contextmanager
-def run_lock(out: Path, record: Record, lock_timeout: float) -> Iterator[None]:
+def run_lock(
+    out: Path, record: Record, lock_timeout: float, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Inside the `with`, hold the lock of this run; partial files that a killed program left are removed.
 
-    The operating system frees the lock if its holder is killed. Raises `Busy` if the lock is not free after
-    `lock_timeout` seconds (-1: wait without limit).
+    The operating system frees the lock if its holder is killed. `on_wait` is called if it is not free at
+    once. Raises `Busy` if it is not free after `lock_timeout` seconds (-1: wait without limit).
     """
     lock_file = out / store.LOCKS / f"{record.id}-s{record.seed}.lock"
     lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
     try:
-        with FileLock(lock_file, timeout=lock_timeout):
-            if store.path(out, record).is_file():
-                remove_checkpoints(out, record)
-            pattern = f".{lock_file.stem}.*.tmp"
-            partial = [*store.path(out, record).parent.glob(pattern), *(out / "checkpoints").glob(pattern)]
-            for file in (*partial, *(out / "adapters" / lock_file.stem).glob(".*.tmp")):
-                file.unlink(missing_ok=True)
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
-        raise Busy(record.name) from None
+        on_wait()
+        try:
+            lock.acquire(timeout=lock_timeout)
+        except Timeout:
+            raise Busy(record.name) from None
+    try:
+        if store.path(out, record).is_file():
+            remove_checkpoints(out, record)
+        pattern = f".{lock_file.stem}.*.tmp"
+        leftovers = [*store.path(out, record).parent.glob(pattern), *(out / "checkpoints").glob(pattern)]
+        for file in (*leftovers, *(out / "adapters" / lock_file.stem).glob(".*.tmp")):
+            file.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def remove_checkpoints(out: Path, record: Record) -> None:

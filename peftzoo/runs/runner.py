@@ -26,7 +26,8 @@ from peftzoo.training.gradient_free import GradientFreeLoop
 from peftzoo.training.loop import Loop, NonFinite, TrainingStats
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
-"""on_progress(stage, done, total, values): stage is `load`, `train` or `score`.
+"""on_progress(stage, done, total, values): stage is `wait` (for another program's lock), `load`,
+`train` or `score`.
 
 `values` holds `loss` and `tokens_per_second` in training, `runs` in a pack, else nothing.
 """

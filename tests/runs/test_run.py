@@ -15,7 +15,8 @@ from peftzoo import cli, models
 from peftzoo.adapters import read
 from peftzoo.measuring import counters
 from peftzoo.records.store import read as read_record
-from peftzoo.runs.plan import Request
+from peftzoo.runs import run as run_module
+from peftzoo.runs.plan import Plan, Request
 from peftzoo.runs.run import run
 
 
@@ -88,3 +89,37 @@ def test_the_recorded_command_names_the_same_run(method: str, tmp_path: Path, mo
     assert end.value.code == 0
     assert [p.name for p in tmp_path.rglob("*-s1.json")] == [path.name]
     assert read_record(path).created == record.created
+
+
+def test_a_wait_for_another_program_is_told(tmp_path) -> None:
+    """While another program holds the run's lock, its progress says so; then the run goes on."""
+    import threading
+
+    request = Request("none", "sst2", limit=2)
+    record = run_module.new_record(Plan(request))
+    stages: list[str] = []
+    held, told = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with run_module.run_lock(tmp_path, record, 0):
+            held.set()
+            told.wait(30)
+
+    holder = threading.Thread(target=other)
+    holder.start()
+    held.wait(30)
+
+    def on_progress(stage: str, *_: object) -> None:
+        stages.append(stage)
+        if stage == "wait":
+            told.set()
+
+    done, _, new = run_module.run(request, tmp_path, progress=on_progress)
+    holder.join()
+    assert new and done.status == "ok" and stages.index("wait") < stages.index("score")
+    with run_module.run_lock(tmp_path, record, 0):
+        again = run_module.run_lock(tmp_path, record, 0.1)
+        with pytest.raises(run_module.Busy):
+            again.__enter__()
+    with run_module.run_lock(tmp_path, record, 0):  # free again
+        pass
