@@ -150,7 +150,14 @@ def _is_main_process() -> bool:
 def _run_each(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]:
     """Do the runs one after another, with a progress bar for each; returns (record, file, new) of each."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from peftzoo.runs.run import run
     from peftzoo.runs.trackers import make_tracker
@@ -159,7 +166,8 @@ def _run_each(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}", markup=False), TimeElapsedColumn(), console=console,
+        TextColumn("{task.fields[values]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=console,
         disable=not (console.is_terminal and _is_main_process()),
     )  # fmt: skip
     with bar:

@@ -274,7 +274,7 @@ class Runner:
         few = -(-UNMERGED_ROWS // len(all_rows))
         first_rows = {name: rows.select(range(min(few, len(rows)))) for name, rows in all_rows.items()}
         merge = attached.adapter.mergeable and bool(attached.sites)
-        self.on_progress("score", 0, 1 + merge, {})
+        self.on_progress("score", 0, sum(map(len, all_rows.values())), {})
         self.loaded.model.eval()
         outcomes: list[dict[str, Any]] | None = None
         if merge:
@@ -287,7 +287,6 @@ class Runner:
                     record.merged_score, record.merged_latency = score, self.latency(device)
             except UserError as error:  # two layers that share one weight
                 record.reason = f"not scored merged: {error}"
-            self.on_progress("score", 1, 2, {})
         if pack_scores:
             record.score = self.to_score(pack_scores)
             outcomes = self.outcome_rows(pack_scores) if record.result is record.score else outcomes
@@ -296,7 +295,7 @@ class Runner:
         else:
             record.score = self.to_score(self.scores(first_rows))
         record.latency = self.latency(device)
-        self.on_progress("score", 1 + merge, 1 + merge, {})
+        self.on_progress("score", 1, 1, {})
         return outcomes
 
     def score_with_memory(
@@ -334,8 +333,10 @@ class Runner:
                 eval_set.task, replace(eval_set.rows, test=rows), plan.max_new_tokens
             )
             return evaluation.score_language(
-                loaded.model, loaded.tokenizer, lm_task, batch_size, plan.train_config.precision, extra.metric
-            )
+                loaded.model, loaded.tokenizer, lm_task, batch_size, plan.train_config.precision,
+                extra.metric,
+                on_requests=lambda n, of: self.on_progress("score", n * len(rows) // of, len(rows), {}),
+            )  # fmt: skip
         make_example, pad = self.example_maker(eval_set.task, rows, None), loaded.tokenizer.pad_token_id
         metric_names = [extra.metric, *extra.also]
         with self.autocast():

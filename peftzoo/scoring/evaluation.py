@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,15 +97,23 @@ def prompt_and_answer(lm_task: Any, row: dict[str, Any]) -> tuple[str, str]:
 
 
 def score_language(
-    model: nn.Module, tokenizer: Any, lm_task: Any, batch_size: int, precision: str = "fp32", metric: str = ""
+    model: nn.Module,
+    tokenizer: Any,
+    lm_task: Any,
+    batch_size: int,
+    precision: str = "fp32",
+    metric: str = "",
+    on_requests: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Scores of a causal model by greedy generation or by log-likelihood of choices, as the task says.
 
     `batch_size`: rows per forward pass. `unparsed` is counted with the filter that `metric` names.
+    `on_requests(done, total)` follows the answers to lm-eval's requests.
     """
     from peftzoo.scoring.language_model import LanguageModel
 
     lm = LanguageModel(model, tokenizer, batch_size, torch.bfloat16 if precision == "bf16" else None)
+    lm.on_requests = on_requests or lm.on_requests
     return run_tasks(lm, [lm_task], metric)[0]
 
 

@@ -8,7 +8,7 @@ generation, a row whose answer is complete leaves the batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +98,8 @@ class LanguageModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.batch_size, self.autocast = model, tokenizer, batch_size, autocast
+        self.on_requests: Callable[[int, int], None] = lambda done, total: None
+        """Called after each batch: requests answered, and all of them."""
         self._device = next(model.parameters()).device
         parameters = inspect.signature(model.forward).parameters
         self._optional_inputs = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
@@ -181,9 +183,12 @@ class LanguageModel(TemplateLM):
         groups = [*_prefix_groups(continuations, self.batch_size)]
         if not self._can_branch(groups):
             groups = [_single(member) for member in continuations]
+        done = 0
         for batch in _batches(groups, self.batch_size):
             for member, answer in self._score_batch(batch):
                 answers[member.index] = answer
+            done += sum(len(group.members) for group in batch)
+            self.on_requests(done, len(answers))
         return answers
 
     def _can_branch(self, groups: list[PrefixGroup]) -> bool:
@@ -247,7 +252,7 @@ class LanguageModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, each up to its first stop string, an end token or `max_gen_toks` tokens."""
-        answers = [""] * len(requests)
+        answers, done = [""] * len(requests), 0
         same_kwargs: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             same_kwargs.setdefault(repr(request.args[1]), []).append(index)
@@ -263,6 +268,8 @@ class LanguageModel(TemplateLM):
                 generated = self._generate([prompts[i] for i in batch], stops, max_new_tokens, owners)
                 for i, tokens in zip(batch, generated, strict=True):
                     answers[i] = postprocess_generated_text(self.tokenizer.decode(tokens), stops, None)
+                done += len(batch)
+                self.on_requests(done, len(answers))
         return answers
 
     @torch.inference_mode()

@@ -314,3 +314,16 @@ def test_the_embedded_model_takes_a_head() -> None:
     )
     for a, b in zip(batched.outcomes, single.outcomes, strict=True):
         assert a["answer"] == pytest.approx(b["answer"], abs=1e-4), "padding changes an answer"
+
+
+def test_the_answers_are_followed_to_the_last_request(embedded) -> None:
+    """After each batch: how many requests are answered, of how many; choices and generation alike."""
+    for name in ("sst2", "gsm8k"):
+        task, told = task_files.get(name), []
+        rows = sources.load(task, "embedded")
+        rows.test = rows.test.select(range(7))
+        lm_task = evaluation.harness_task(task, rows, 2)
+        evaluation.score_language(
+            embedded.model, embedded.tokenizer, lm_task, 3, on_requests=lambda *n, told=told: told.append(n)
+        )
+        assert len(told) > 1 and told == sorted(told) and told[-1][0] == told[-1][1] == len(lm_task.instances)
