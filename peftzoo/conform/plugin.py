@@ -50,7 +50,7 @@ def _assert_known_failures_exist(cls: type) -> None:
 def check_defaults(case: Case) -> None:
     """Every option has a default and a description, and survives JSON."""
     cls = case.cls
-    assert issubclass(cls.Config, adapter.Config), "Config does not derive from peftzoo.adapter.Config"
+    assert issubclass(cls.Config, adapter.Config), "Config does not derive from peftzoo.Config"
     assert not cls.described or "description" in cls.Config.model_fields, "described, but no such option"
     for name, field in cls.Config.model_fields.items():
         assert not field.is_required(), f"option {name} has no default"

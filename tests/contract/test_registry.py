@@ -13,7 +13,7 @@ from peftzoo.contract import Adapter, registry
 from peftzoo.errors import UserError
 
 PLUGIN = '''"""A plugin.  y = x W^T"""
-from peftzoo.adapter import Adapter
+from peftzoo.contract import Adapter
 
 class Mine(Adapter):
     name = "{name}"
@@ -144,7 +144,7 @@ def test_import_is_quick_and_light():
     code = (
         "import sys, time; t = time.perf_counter(); import peftzoo; t = time.perf_counter() - t;"
         "heavy = {'torch', 'transformers', 'pydantic', 'peftzoo.methods'} & set(sys.modules);"
-        "assert not heavy, heavy; import peftzoo.registry as r; names = r.methods();"
+        "assert not heavy, heavy; from peftzoo.contract import registry as r; names = r.methods();"
         "assert 'torch' not in sys.modules and 'peftzoo.methods.lora' not in sys.modules;"
         "assert 'lora' in names; print(t)"
     )
@@ -154,7 +154,7 @@ def test_import_is_quick_and_light():
 
 def test_getting_one_method_imports_no_other():
     code = (
-        "import sys, peftzoo.registry as r; r.get('lora');"
+        "import sys; from peftzoo.contract import registry as r; r.get('lora');"
         "print([m for m in sys.modules if m.startswith('peftzoo.methods.') and '._' not in m])"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -102,7 +102,7 @@ def test_equal_experts_mixed_by_all_gates_are_that_expert():
 
 
 def test_router_is_torch_s_own_batch_norm_in_eval_mode():
-    ctx = peftzoo.adapter.Context(torch.nn.Linear(1, 1))
+    ctx = peftzoo.Context(torch.nn.Linear(1, 1))
     router, T = Router(6, 8, 4, 4, ctx), torch.randn(5, 6)
     for _ in range(30):
         router.follow(torch.randn(5, 8) * 3 + 1)
