@@ -31,6 +31,12 @@ def test_no_file_lies_outside_a_room() -> None:
     assert not nested, "a room has no rooms of its own"
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_says_what_it_is_for_and_names_its_files(room: str) -> None:
     """In one paragraph that names each public file; the command line's files are its commands."""
