@@ -113,7 +113,8 @@ def score_language(
     from peftzoo.scoring.language_model import LanguageModel
 
     lm = LanguageModel(model, tokenizer, batch_size, torch.bfloat16 if precision == "bf16" else None)
-    lm.on_requests = on_requests or lm.on_requests
+    if on_requests:
+        lm.on_requests = on_requests
     return run_tasks(lm, [lm_task], metric)[0]
 
 
