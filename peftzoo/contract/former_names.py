@@ -22,7 +22,10 @@ PLACES = {
 }  # fmt: skip
 """Former module -> where its names are now, both below `peftzoo`; after a colon the file of a room whose
 names are imported from the room itself."""
-RENAMED = {"Recent": "ForwardCache", "Given": "AdapterRef"}
+RENAMED = {
+    "Recent": "ForwardCache", "Given": "AdapterRef", "follow_mode": "sync_training_mode",
+    "Kept": "SavedLayer", "Whole": "TrainableModule", "Hooks": "HookCallback", "HOW": "CRITERIA",
+}  # fmt: skip
 _noticed = False
 
 

@@ -82,12 +82,12 @@ def frozen_pair(
     B: Tensor,
     u: Tensor,
     v: Tensor,
-    cache: ForwardCache,
+    recent: ForwardCache,
     dropout: nn.Module | None = None,
 ) -> Tensor:
     """x W^T + b + v * ((u * (drop(x) A^T)) B^T), A (r, in) and B (out, r) frozen, u (r,), v (out,).
 
-    Layers that read the same x take the product x A^T from `cache`, where the first one leaves it.
+    Layers that read the same x take the product x A^T from `recent`, where the first one leaves it.
     """
     if active(dropout) or not fusable(site, x):
         y, H = base(x), branch_input(x, A, dropout)
@@ -96,9 +96,9 @@ def frozen_pair(
     if _merging_pays(X):
         P = None
         if _need_grad(u, v):
-            P = cache.get(x, (X.dtype, A.shape), lambda: F.linear(X.detach(), A.to(X.dtype)))
+            P = recent.get(x, (X.dtype, A.shape), lambda: F.linear(X.detach(), A.to(X.dtype)))
         return _MergedPair.apply(X, site.weight, site.bias, P, A, B, u, v)
-    P = cache.get(x, (X.dtype, A.shape, "graph"), lambda: _FrozenProduct.apply(X, A, cache))
+    P = recent.get(x, (X.dtype, A.shape, "graph"), lambda: _FrozenProduct.apply(X, A, recent))
     return _FrozenPair.apply(X, site.weight, site.bias, P, B, u, v)
 
 

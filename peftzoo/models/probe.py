@@ -42,10 +42,8 @@ def _batches(ctx: Context, limit: int) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def inputs(
-    ctx: Context, sites: list[Site], limit: int, collect: Callable[[Site, Tensor], None]
-) -> dict[str, str]:
-    """Call collect(site, X) with the inputs X (tokens, in) of `sites` on up to `limit` batches.
+def inputs(ctx: Context, sites: list[Site], most: int, see: Callable[[Site, Tensor], None]) -> dict[str, str]:
+    """Call see(site, X) with the inputs X (tokens, in) of `sites` on up to `most` batches.
 
     Padding and tokens whose label is -100 are left out. Sites that read the same tensor (q, k, v) are
     collected once, under the first one. Returns for each site's name the name of the site under which its
@@ -62,14 +60,14 @@ def inputs(
                 source.setdefault(site.name, last[1])
             elif source.setdefault(site.name, site.name) == site.name:
                 last[:] = x, site.name
-                collect(site, x[mask] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1]))
+                see(site, x[mask] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1]))
 
         return forward_pre_hook
 
     handles = [s.module.register_forward_pre_hook(make_hook(s)) for s in sites]
     try:
         with _eval_mode(ctx.model):
-            for batch in _batches(ctx, limit):
+            for batch in _batches(ctx, most):
                 mask = batch["attention_mask"].bool()
                 if batch["labels"].shape == mask.shape:
                     mask = mask & (batch["labels"] != -100)
@@ -81,8 +79,8 @@ def inputs(
     return source
 
 
-def gradients(ctx: Context, sites: list[Site], limit: int) -> dict[str, Tensor]:
-    """Name of each site -> the mean of dL/dW (out, in) over up to `limit` batches, in fp32 on the CPU.
+def gradients(ctx: Context, sites: list[Site], most: int) -> dict[str, Tensor]:
+    """Name of each site -> the mean of dL/dW (out, in) over up to `most` batches, in fp32 on the CPU.
 
     Each layer's gradient leaves the device as soon as it is computed, so that device memory holds one at a
     time. Raises `UserError` without data, and for a site that the loss does not depend on.
@@ -101,7 +99,7 @@ def gradients(ctx: Context, sites: list[Site], limit: int) -> dict[str, Tensor]:
             p.requires_grad_(id(p) in weights)
         handles = [s.module.weight.register_post_accumulate_grad_hook(accumulate) for s in sites]
         try:
-            for n, batch in enumerate(_batches(ctx, limit), 1):  # noqa: B007
+            for n, batch in enumerate(_batches(ctx, most), 1):  # noqa: B007
                 ctx.model(**batch).loss.backward()
         finally:
             for handle in handles:

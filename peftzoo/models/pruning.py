@@ -54,23 +54,21 @@ class Pruning:
         return cls(criterion, share, group)
 
 
-def prune(model: nn.Module, pruning: Pruning, batches: Callable[[], Iterable[dict[str, Tensor]]]) -> float:
+def prune(model: nn.Module, how: Pruning, batches: Callable[[], Iterable[dict[str, Tensor]]]) -> float:
     """Set weights of `model` to zero, in place; returns the share of zeros in its linear layers.
 
     `batches` returns the calibration batches. Raises `UserError` when an N:M group does not divide a layer's
     inputs.
     """
     sites = find_sites(model, ("all",), LINEAR)
-    if pruning.criterion == "magnitude":
+    if how.criterion == "magnitude":
         for site in sites:
-            _zero_smallest(site, site.weight.abs(), pruning, per_matrix=not pruning.group)
+            _zero_smallest(site, site.weight.abs(), how, per_matrix=not how.group)
     else:
         calibration = [_label_all_tokens(b) for b in itertools.islice(batches(), BATCHES)]
         for _, layer in itertools.groupby(sites, key=lambda s: s.layer):
             for site, norm in _input_norms(model, list(layer), calibration):
-                _zero_smallest(
-                    site, site.weight.abs() * norm.to(site.weight.dtype), pruning, per_matrix=False
-                )
+                _zero_smallest(site, site.weight.abs() * norm.to(site.weight.dtype), how, per_matrix=False)
     return sparsity(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -82,3 +83,18 @@ def test_the_former_group_of_entry_points_is_read(monkeypatch) -> None:
     monkeypatch.setattr(module, "get", lambda name: name)
     with pytest.warns(FutureWarning, match='neighbours" are now "peftzoo.libraries"'):
         assert registry.get("old:thing") == "old:thing"
+
+
+SURFACE = json.loads((FIXTURES / "former_surface.json").read_text())
+"""Of each module of 0.1 that has an alias or its old name: public names, and the parameters of functions."""
+
+
+@pytest.mark.parametrize("module", SURFACE)
+def test_public_names_and_parameters_of_the_former_surface(module: str) -> None:
+    found = importlib.import_module(f"peftzoo.{module}")
+    for name, parameters in SURFACE[module].items():
+        value = getattr(found, name)
+        if parameters is not None:
+            now = inspect.signature(value).parameters
+            lost = [p for p in parameters if p not in now]
+            assert not lost, f"{module}.{name} lost {lost}"
