@@ -119,6 +119,14 @@ def tables(
     return [(shared, _add_ranks(_summarize(group), baseline, warn)) for shared, group in groups]
 
 
+def untrained_beside(records: list[Record], candidates: list[Record]) -> list[Record]:
+    """Those of the candidates without training steps that would stand in a table with one of the records."""
+    untrained = [r for r in candidates if r.status == "ok" and not number(r.train_config.get("steps"))]
+    keys = [k for k in SHARED if k not in BUDGET]
+    places = {tuple(_run_row(r)[k] for k in keys) for r in records if r.status == "ok"}
+    return [r for r in untrained if tuple(_run_row(r)[k] for k in keys) in places]
+
+
 def _add_ranks(table: pd.DataFrame, baseline: str, warn: Callable[[str], None]) -> pd.DataFrame:
     """The table with ranks, and p values against the best row and against the best row of the baseline."""
     samples = [_samples(records, warn) for records in table["records"]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from peftzoo.cli import output
+from peftzoo.cli import _run_tables, output
 
 
 def add(app: typer.Typer) -> None:
@@ -114,7 +114,7 @@ def bench(
             }
             results = _run_in_packs(plans, out, pack_options)
     if _is_main_process():
-        print_results(results, json, groups)
+        _run_tables.print_results(results, json, groups)
     if any(record.status != "ok" for record, _, _ in results):
         raise typer.Exit(1)
 
@@ -149,27 +149,16 @@ def _is_main_process() -> bool:
 
 def _run_each(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]:
     """Do the runs one after another, with a progress bar for each; returns (record, file, new) of each."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import TextColumn, TimeRemainingColumn
 
     from peftzoo.runs.run import run
     from peftzoo.runs.trackers import make_tracker
 
     results = []
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=console,
-        disable=not (console.is_terminal and _is_main_process()),
-    )  # fmt: skip
+    bar = output.progress_bar(
+        TextColumn("{task.fields[values]}", markup=False), TimeRemainingColumn(), TextColumn("left,")
+    )
+    bar.disable = bar.disable or not _is_main_process()
     with bar:
         for plan in plans:
             request = plan.request
@@ -188,31 +177,23 @@ def _run_each(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]
 
             record, path, new = run(plan, out, force=force, progress=on_progress, tracker=make_tracker(track))
             status = record.status if new else "on record (--force runs it again)"
-            bar.update(
-                line, description=f"{title}: {status}", completed=1, total=1, values=score_or_reason(record)
-            )
+            score = _run_tables.score_or_reason(record)
+            bar.update(line, description=f"{title}: {status}", completed=1, total=1, values=score)
             if bar.disable and _is_main_process():  # a log file gets a line per run
-                output.note(f"{title}: {status}, {score_or_reason(record)}")
+                output.note(f"{title}: {status}, {score}")
             results.append((record, path, new))
     return results
 
 
 def _run_in_packs(plans: list[Any], out: Path, options: dict[str, Any]) -> list[Any]:
     """Do the runs in packs, with a progress bar per task; `options` are keyword arguments of `run_packs`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from peftzoo.runs.packs import run_packs
 
     by_task: dict[str, list[Any]] = {}
     for plan in plans:
         by_task.setdefault(plan.request.task, []).append(plan)
-    results, console = [], Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
+    results = []
+    with output.progress_bar() as bar:
         for task, task_plans in by_task.items():
             title = f"{len(task_plans)} runs on {task}"
             line = bar.add_task(f"{title}: loading", total=1)
@@ -228,139 +209,6 @@ def _run_in_packs(plans: list[Any], out: Path, options: dict[str, Any]) -> list[
             for record, _, new in task_results:
                 status = record.status if new else "on record (--force runs it again)"
                 pack = f", in a pack of {record.packed['runs']}" if record.packed else ""
-                output.note(f"{record.name}: {status}{pack}, {score_or_reason(record)}")
+                output.note(f"{record.name}: {status}{pack}, {_run_tables.score_or_reason(record)}")
             results += task_results
     return results
-
-
-def score_or_reason(record: Any) -> str:
-    """Metric and score of a run, or the reason why it has none."""
-    if record.result is None:
-        return record.reason or ""
-    return f"{record.result.metric} {output.format_number(record.result.value)}"
-
-
-def print_results(results: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> None:
-    """Print a table per task and a mean per group, or all records as JSON; `results` are (record, file, new).
-
-    `groups`: the tasks of each group that was named on the command line.
-    """
-    if json:
-        output.print_json([record.model_dump(mode="json") for record, _, _ in results])
-        return
-    by_task: dict[str, list[Any]] = {}
-    for record, _, _ in results:
-        by_task.setdefault(record.task, []).append(record)
-    for task, records in by_task.items():
-        first = records[0]
-        about = f"{first.data['scored_rows']} rows, {first.data['source']} data, {first.protocol}"
-        title = f"{task} on {first.model}: {about}"
-        rows = [_row(r) for r in records]
-        columns = [i for i, _ in enumerate(COLUMNS) if i < 3 or any(row[i] for row in rows)]
-        output.print_table(
-            title,
-            [COLUMNS[i] for i in columns],
-            [[row[i] for i in columns] for row in rows],
-            right=COLUMNS[1:],
-        )
-        _print_means(task, records)
-    for name, members in groups.items():
-        _print_group_mean(name, members, [record for record, _, _ in results])
-    for record, path, _ in results:
-        print(f"{record.status}: {path}" + (f" ({record.reason})" if record.reason else ""))
-    _print_next([record for record, _, _ in results], results[0][1])
-
-
-def _print_next(records: list[Any], path: Path) -> None:
-    """Print what to do with these runs."""
-    root = next((p.parent for p in path.parents if p.name == "records"), None)
-    if root is None:  # none of them is good
-        print("Next: the reason above; the same command tries again")
-    elif len({r.seed for r in records}) < 3:
-        print("Next: --seeds 0,1,2,3,4 for a mean that can be compared; a run on record is not done again")
-    else:
-        print(f"Next: peftzoo board {root}")
-
-
-def _print_means(task: str, records: list[Any]) -> None:
-    """Print a row per method and configuration with several seeds: the mean over seeds and its interval."""
-    from peftzoo.boards import ranks
-
-    by_id: dict[str, list[Any]] = {}
-    for r in records:
-        if r.result and r.result.value is not None:
-            by_id.setdefault(r.id, []).append(r)
-    rows = []
-    for same in by_id.values():
-        scores = [r.result.value for r in same]
-        if len(scores) > 1:
-            rows.append((sum(scores) / len(scores), ranks.confidence_half_width(scores), same))
-    if not rows:
-        return
-    rows.sort(key=lambda row: -row[0])
-    cells = [
-        [same[0].method, len(same), output.format_number(mean), output.format_number(half)]
-        for mean, half, same in rows
-    ]
-    columns = ("method", "seeds", "mean", "+-95 %")
-    title = f"{task}: {rows[0][2][0].result.metric}, mean over seeds"
-    output.print_table(title, columns, cells, right=columns[1:])
-
-
-def _print_group_mean(name: str, members: tuple[str, ...], records: list[Any]) -> None:
-    """Print the mean of each method over the tasks of a group."""
-    from peftzoo.boards import tables
-
-    rows = [
-        [
-            r["method"],
-            r["seed"],
-            f"{r['tasks']} of {len(members)}",
-            r["metric"],
-            output.format_number(r["score"]),
-        ]
-        for r in tables.averages(records, members)
-    ]
-    columns = ("method", "seed", "tasks", "metric", "mean")
-    output.print_table(f"{name}: mean over its tasks", columns, rows, right=("tasks", "mean"))
-
-
-COLUMNS = (
-    "method",
-    "seed",
-    "score",
-    "+-",
-    "unmerged",
-    "unparsed",
-    "trained",
-    "step ms",
-    "tok/s",
-    "memory MiB",
-    "ms/token",
-)
-
-
-def _unmerged(r: Any) -> str:
-    """The unmerged score where it differs from the merged one on the same rows, and on how many rows."""
-    if not r.merged_score or not r.score or r.score.rows != r.merged_score.rows:
-        return ""
-    same = r.score.value == r.merged_score.value
-    return "" if same else output.format_number(r.score.value)
-
-
-def _row(r: Any) -> list[Any]:
-    """The cells of a record, in the order of `COLUMNS`."""
-
-    def score(s: Any) -> str:
-        return output.format_number(s.value if s else None)
-
-    memory = r.memory.get("computed_total")
-    return [
-        r.method, r.seed, f"{r.result.metric} {score(r.result)}" if r.result else r.status,
-        output.format_number(r.result.stderr) if r.result else "", _unmerged(r),
-        output.format_number(r.result.unparsed, 2) if r.result else "",
-        output.format_count(r.trainable_params), output.format_number(r.step_time.get("median_ms"), 1),
-        output.format_number(r.tokens_per_second, 0),
-        output.format_number(memory / 2**20 if memory else None, 0),
-        output.format_number(r.latency.get("token_ms", r.latency.get("forward_ms")), 2),
-    ]  # fmt: skip

@@ -64,9 +64,13 @@ def board(
     if html is not None:
         relative_notes = [n.replace(f"{results}/", "") for n in notes]  # no path of this machine
         count = pages.write(html, records, tables, papers, baseline, relative_notes)
-        print(f"wrote {count} pages: {html / 'index.html'}")
+        print(f"wrote {count} pages")
+        output.next_step(f"open {html / 'index.html'}")
+    elif out is not None:
+        output.next_step("--html FOLDER makes pages of the same tables")
     if out is None and html is None:
         print(text)
+        output.note("Next: --html FOLDER makes pages of these tables, --out FOLDER files")
 
 
 def _read_records(results: Path, notes: list[str]) -> list[Any]:

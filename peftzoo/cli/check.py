@@ -53,11 +53,14 @@ def _print_verdict(results_by_method: dict[str, list]) -> None:
     bad = [m for m, results in results_by_method.items() if any(r.outcome == "failed" for r in results)]
     if bad:
         print(f"Not all checks hold for {', '.join(bad)}: the lines above say what is wrong.")
+        output.next_step("mend the first of them; peftzoo show METHOD has the equations")
     elif len(results_by_method) == 1:
         (name,) = results_by_method
-        print(f"{name} passes every check. Next: peftzoo bench --method {name} --task gsm8k")
+        print(f"{name} passes every check.")
+        output.next_step(f"peftzoo bench --method {name} --task gsm8k")
     else:
         print(f"All {len(results_by_method)} methods pass every check.")
+        output.next_step("peftzoo bench --method all --task gsm8k")
 
 
 def _print_checks(name: str, results: list) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from typing import Any
 
@@ -21,6 +19,7 @@ from peftzoo.cli import (
     list_,
     models,
     new_method,
+    output,
     params,
     profile,
     recommend,
@@ -29,6 +28,7 @@ from peftzoo.cli import (
     verify,
 )
 from peftzoo.errors import UserError
+from peftzoo.models import silence
 
 app = typer.Typer(
     name="peftzoo",
@@ -64,15 +64,42 @@ for module in (bench, sweep, generate, board, recommend, verify, list_, show, pa
     module.add(app)
 
 
+def _quiet_option() -> Any:
+    """The option `--quiet`, as typer makes it for a command of its own."""
+    donor = typer.Typer(add_completion=False)
+
+    @donor.command()
+    def donor_command(
+        quiet: bool = typer.Option(
+            False, "--quiet", "-q", callback=output.set_quiet,
+            help="Results and errors only: no progress, notes or next steps.",
+        ),
+    ) -> None:  # fmt: skip
+        """Nothing: only its option is used."""
+
+    (option,) = typer.main.get_command(donor).params
+    option.expose_value = False  # the commands ask `output.quiet()`
+    return option
+
+
+def command() -> Any:
+    """The program as a click command, with `--quiet` in each of its commands."""
+    root = typer.main.get_command(app)
+    groups = [root]
+    while groups:
+        for child in groups.pop().commands.values():
+            if hasattr(child, "commands"):
+                groups.append(child)
+            else:
+                child.params.append(_quiet_option())
+    return root
+
+
 def main() -> None:
     """Entry point. A user's mistake gives one line on standard error and exit code 2, Ctrl-C code 130."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries beside ours
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("torchao", "torch.utils._pytree"):  # their warnings on import do not concern our users
-        logging.getLogger(name).setLevel(logging.ERROR)
-    command = typer.main.get_command(app)
+    silence.libraries()
     try:
-        code = command.main(standalone_mode=False, prog_name="peftzoo")
+        code = command().main(standalone_mode=False, prog_name="peftzoo")
     except UserError as error:
         _exit_with_error(str(error), 2)
     except typer.Abort:

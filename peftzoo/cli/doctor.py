@@ -40,3 +40,4 @@ def doctor(json: bool = output.JSON) -> None:
         output.print_json({"name": "doctor", "status": "ok", **facts, "versions": versions})
         return
     output.print_table("peftzoo doctor", ("what", "found"), [*facts.items(), *versions.items()])
+    output.next_step("put this, and the command that failed, into a bug report")

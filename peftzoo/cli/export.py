@@ -67,9 +67,9 @@ def export(
     if to == "lora":
         _print_errors(report)
     if to == "merged":
-        print(f"Next: peftzoo bench --method none --task gsm8k --model {out}")
+        output.next_step(f"peftzoo bench --method none --task gsm8k --model {out}")
     else:
-        print(f'Next: peft.PeftModel.from_pretrained(model, "{out}")')
+        output.next_step(f'peft.PeftModel.from_pretrained(model, "{out}")')
 
 
 def _print_errors(report: dict[str, Any]) -> None:

@@ -46,8 +46,6 @@ def generate(
 
     Each description is read once, its weights are merged, and the model runs without it.
     """
-    from rich.console import Console
-
     from peftzoo.errors import UserError
     from peftzoo.runs import adapter_generation as engine
     from peftzoo.tasks import task_files
@@ -67,24 +65,35 @@ def generate(
         precision=precision, limit=limit, data=data, source=source,
         trust_task_code=trust_task_code,
     )  # fmt: skip
-    with redirect_stdout(sys.stderr), Console(stderr=True).status("loading") as status:
-        report = engine.run(
-            request, out, lambda stage, done, total: status.update(f"{stage} ({done} of {total})")
-        )
+    with redirect_stdout(sys.stderr), output.status_line("loading") as status:
+        report = engine.run(request, out, lambda stage, done, total: status(f"{stage} ({done} of {total})"))
     if page:
         write_atomically(page, _markdown(report).encode())
     if json:
         output.print_json(report)
         return
     title = f"{request.method} on {report['model']}: in context -> in weights"
-    output.print_table(title, COLUMNS, [_row(t) for t in report["tasks"]], right=COLUMNS[3:])
-    print(f"{out / 'gain.json'}")
+    output.print_table(
+        title, COLUMNS, [_row(t) for t in report["tasks"]], right=COLUMNS[3:], optional=OPTIONAL
+    )
+    print(f"The numbers: {out / 'gain.json'}")
+    output.next_step(f'peftzoo.load(model, "{out / "generator"}", tokenizer=tokenizer)')
 
 
 COLUMNS = (
     "task", "seen", "metric", "rows", "base", "base, told", "written", "prompt tokens", "first token, ms",
     "ms per row", "written in, ms", "pays after",
 )  # fmt: skip
+OPTIONAL = (
+    "rows",
+    "metric",
+    "pays after",
+    "written in, ms",
+    "ms per row",
+    "first token, ms",
+    "prompt tokens",
+)
+"""Left out on a narrow terminal, the last one first."""
 
 
 def _row(t: dict[str, Any]) -> list[str]:

@@ -41,4 +41,4 @@ def import_(
     print(f"{report['peft_type']} of HF PEFT read as {report['method']}: {out} ({size:,} bytes)")
     if report["ignored"]:
         print(f"not read, unknown to this version of HF PEFT: {', '.join(report['ignored'])}")
-    print(f'Next: peftzoo.load(model, "{out}")')
+    output.next_step(f'peftzoo.load(model, "{out}")')

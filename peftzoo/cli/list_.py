@@ -15,8 +15,8 @@ COLUMNS = {
 }
 """Of the tables; `--json` has all facts."""
 MORE = {
-    "methods": "More of each: peftzoo show NAME",
-    "models": "Bring a real one here: peftzoo models get NAME",
+    "methods": "peftzoo show NAME, for more of each",
+    "models": "peftzoo models get NAME brings a real one here",
 }
 
 
@@ -45,7 +45,7 @@ def list_(
     columns = COLUMNS[what]
     cells = [[_cell(r[c]) for c in columns] for r in rows]
     output.print_table(f"{len(rows)} {what}", columns, cells, right=("parameters", "lr"))
-    print(MORE[what])
+    output.next_step(MORE[what])
 
 
 def _print_suites(rows: list[dict[str, Any]]) -> None:
@@ -64,7 +64,7 @@ def _print_suites(rows: list[dict[str, Any]]) -> None:
     print(
         "generated: scored rows of the embedded generator. mirror: whether PEFTZOO_DATA has the scored rows."
     )
-    print("More of each: peftzoo show NAME")
+    output.next_step("peftzoo show NAME, for more of each")
 
 
 def _cell(value: Any) -> Any:

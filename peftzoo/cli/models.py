@@ -32,7 +32,5 @@ def get(
     if json:
         output.print_json({"name": name, "status": "ok", "folder": str(folder)})
     else:
-        print(
-            f"{name} is ready: {folder}\n"
-            f"Try: peftzoo bench --method lora --task sst2 --model {name} --data FOLDER"
-        )
+        print(f"{name} is ready: {folder}")
+        output.next_step(f"peftzoo bench --method lora --task sst2 --model {name} --data FOLDER")

@@ -26,4 +26,5 @@ def new_method(
     if json:
         output.print_json({"name": name, "status": "ok", "file": str(path)})
     else:
-        print(f"wrote {path}\nNext: peftzoo check {name} --plugin {path}")
+        print(f"wrote {path}")
+        output.next_step(f"peftzoo check {name} --plugin {path}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,57 +39,84 @@ def print_json(document: Any) -> None:
 
 
 def print_table(
-    title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[str] = ()
+    title: str,
+    columns: Iterable[str],
+    rows: Iterable[Iterable[Any]],
+    right: Iterable[str] = (),
+    optional: Sequence[str] = (),
 ) -> None:
     """Print a table on standard output; the columns named in `right` hold numbers.
 
     On a terminal text is wrapped to its width, numbers and the first column never; where these alone are too
-    wide, each row is a list of its cells. In a pipe a row is a line, aligned with spaces, without any rules.
+    wide, the columns in `optional` are left out, the last one first, and named below; where that is not
+    enough, each row is a list of its cells. In a pipe a row is a line, aligned with spaces, without rules.
     """
     names = list(columns)
     cells = [["" if c is None else _printable(str(c)) for c in row] for row in rows]
-    numeric = {i for i, name in enumerate(names) if name in set(right)}
+    numbers = set(right)
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
     if not sys.stdout.isatty():
-        print(_printable(title), _line(names, widths, numeric), sep="\n")
+        print(_printable(title), _line(names, names, widths, numbers), sep="\n")
         for row in cells:
-            print(_line([c.replace("\n", " ") for c in row], widths, numeric))
+            print(_line([c.replace("\n", " ") for c in row], names, widths, numbers))
         print()
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
-    least = sum(w if i == 0 or i in numeric else min(w, LEAST_TEXT) for i, w in enumerate(widths))
-    if least + GAP * (len(names) - 1) > console.width:
-        _print_lists(console, title, names, cells)
-    else:
-        console.print(_rich_table(title, names, cells, numeric))
+    size = shutil.get_terminal_size()
+    console = Console(highlight=False, width=size.columns, height=size.lines)
+    width_of = dict(zip(names, widths, strict=True))
+    left_out: list[str] = []
+    while not _fits(shown := [n for n in names if n not in left_out], width_of, numbers, console.width):
+        remaining = [n for n in optional if n in shown]
+        if not remaining:
+            _print_lists(console, title, names, cells)
+            return
+        left_out.append(remaining[-1])
+    kept = [i for i, name in enumerate(names) if name in shown]
+    console.print(_rich_table(title, shown, [[row[i] for i in kept] for row in cells], width_of, numbers))
+    if left_out:
+        print(f"Not shown at this width: {'; '.join(reversed(left_out))} (--json has all).")
+    print()
 
 
 LEAST_TEXT, GAP = 12, 2
 """Characters that a text column needs at least, and between two columns."""
 
 
-def _line(row: list[str], widths: list[int], numeric: set[int]) -> str:
+def _least_width(name: str, first: str, width: int, numbers: set[str]) -> int:
+    """Characters that a column needs at least: all of a number and of the first column."""
+    return width if name == first or name in numbers else min(width, LEAST_TEXT)
+
+
+def _fits(names: list[str], width_of: dict[str, int], numbers: set[str], columns: int) -> bool:
+    """Whether these columns can stand beside each other."""
+    least = sum(_least_width(n, names[0], width_of[n], numbers) for n in names)
+    return least + GAP * (len(names) - 1) <= columns
+
+
+def _line(row: list[str], names: list[str], widths: list[int], numbers: set[str]) -> str:
     """The cells aligned with spaces."""
-    aligned = [
-        c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-    ]
+    aligned = [c.rjust(w) if n in numbers else c.ljust(w) for n, c, w in zip(names, row, widths, strict=True)]
     return (" " * GAP).join(aligned).rstrip()
 
 
-def _rich_table(title: str, names: list[str], cells: list[list[str]], numeric: set[int]) -> Any:
+def _rich_table(
+    title: str, names: list[str], cells: list[list[str]], width_of: dict[str, int], numbers: set[str]
+) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     heading = Text(_printable(title), "bold")
     table = Table(
-        title=heading, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, GAP, 0, 0)
+        title=heading, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False, padding=(0, GAP - 1, 0, 0)
     )
     for i, name in enumerate(names):
-        whole = i == 0 or i in numeric
-        table.add_column(name, justify="right" if i in numeric else "left", overflow="fold", no_wrap=whole)
+        whole = i == 0 or name in numbers
+        least = _least_width(name, names[0], width_of[name], numbers)
+        side = "right" if name in numbers else "left"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=whole, min_width=least)
     for row in cells:
         table.add_row(*map(Text, row))
     return table
@@ -105,9 +134,54 @@ def _print_lists(console: Any, title: str, names: list[str], cells: list[list[st
                 console.print(Text(f"  {name}: {cell}"), overflow="fold")
 
 
+def quiet() -> bool:
+    """Whether `--quiet` was given: no progress, notes and next steps, only results and errors."""
+    return _quiet
+
+
+def set_quiet(value: bool) -> None:
+    """Turn `--quiet` on or off for the commands of this process."""
+    global _quiet
+    _quiet = value
+
+
+_quiet = False
+
+
 def note(text: str) -> None:
-    """Print a message for the user on standard error."""
-    print(_printable(text), file=sys.stderr)
+    """Print a message for the user on standard error; nothing with `--quiet`."""
+    if not _quiet:
+        print(_printable(text), file=sys.stderr)
+
+
+def next_step(text: str) -> None:
+    """Print on standard output what to do next; nothing with `--quiet`."""
+    if not _quiet:
+        print(f"Next: {_printable(text)}")
+
+
+def progress_bar(*columns: Any) -> Any:
+    """A rich progress bar on standard error; disabled where that is no terminal, and with `--quiet`.
+
+    `columns` stand between the bar and the times; the elapsed time comes last.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        *columns, TimeElapsedColumn(), console=console, disable=_quiet or not console.is_terminal,
+    )  # fmt: skip
+
+
+@contextmanager
+def status_line(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that a long command changes by calling the function; none with `--quiet`."""
+    from rich.console import Console
+
+    with Console(stderr=True, quiet=_quiet).status(text) as status:
+        yield status.update
 
 
 def _printable(text: str) -> str:

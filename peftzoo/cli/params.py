@@ -51,6 +51,7 @@ def params(
         output.print_json(rows)
     elif counted:
         _print_rows(model, rows, counted[0]["base_params"])
+        output.next_step(f"peftzoo bench --method {method} --task gsm8k --model {model}")
     if not counted:
         raise UserError(rows[0]["reason"])
 
@@ -106,6 +107,7 @@ def _print_published(methods: list[str], out: Path | None, json: bool) -> None:
             for r in rows
         ]  # fmt: skip
         output.print_table(f"{len(rows)} published counts", columns, cells, right=("printed", "here"))
+        output.next_step("peftzoo show METHOD, for the settings behind a preset")
 
 
 def _as_text(value: object) -> object:

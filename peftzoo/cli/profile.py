@@ -37,8 +37,6 @@ def profile(
     Methods for linear layers are measured on all of them, so that their steps compare; --set targets=...
     chooses others.
     """
-    from rich.console import Console
-
     from peftzoo.contract import registry
     from peftzoo.errors import UserError
     from peftzoo.measuring import step_profile as engine
@@ -55,9 +53,9 @@ def profile(
                 raise
             output.note(f"skipped: {error}")
     chosen, rows = list(options), []
-    with redirect_stdout(sys.stderr), Console(stderr=True).status("") as status:
+    with redirect_stdout(sys.stderr), output.status_line("") as status:
         for number, name in enumerate(chosen, 1):
-            status.update(f"{name} ({number} of {len(chosen)})")
+            status(f"{name} ({number} of {len(chosen)})")
             rows += engine.profile(
                 [name], against=against, rounds=rounds, model=_model_builder(model), options=options,
                 batch_size=batch_size, length=length,
@@ -140,11 +138,19 @@ def _print_rows(rows: list[dict[str, Any]], against: str | None) -> None:
     columns += ["PEFT step / floor", "PEFT saved MiB"] if against else []
     cells = [
         [r["name"], output.format_count(r["trainable_params"]), output.format_number(r["step_ms"], 1),
-         output.format_number(r["floor_ratio"], 2) or r["reason"], output.format_number(r["saved_mib"], 0),
+         output.format_number(r["floor_ratio"], 2), output.format_number(r["saved_mib"], 0),
          output.format_number(r["floor_saved_mib"], 0)]
         + ([output.format_number(r["peft_floor_ratio"], 2), output.format_number(r["peft_saved_mib"], 0)]
            if against else [])
         for r in rows
     ]  # fmt: skip
     title = "Training step as a ratio to the frozen-model floor, and memory kept for backward"
-    output.print_table(title, columns, cells, right=columns[1:])
+    optional = ("step ms", "trained", "floor saves", "saved MiB", "PEFT saved MiB")
+    output.print_table(title, columns, cells, right=columns[1:], optional=optional)
+    for r in rows:
+        if r["reason"]:
+            print(f"{r['name']}: {r['reason']}")
+    if against is None:
+        output.next_step("--against peft measures HF PEFT's versions beside these")
+    else:
+        output.next_step("--rounds 15 on a quiet machine for ratios to quote; --out FILE.md keeps the table")

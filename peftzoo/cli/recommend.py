@@ -70,12 +70,21 @@ def recommend(
         title = (
             f"{formats.title(facts)}: {facts['metric']}\n{formats.conditions(facts)}\n{formats.device(facts)}"
         )
-        output.print_table(title, columns, rows, right=("rank", *columns[2:-1]))
+        output.print_table(
+            title, columns, rows, right=("rank", *columns[2:-1]), optional=("options", "step ms")
+        )
     if not advice.tables:
         print("No measured row is within this budget.")
     print(f"Beyond the budget: {advice.over_budget} rows; cost not on record: {advice.unknown} rows.")
     for line in advice.missing:
         print(f"Missing: {line}.")
+    if advice.tables:
+        facts, table = advice.tables[0]
+        best = table.iloc[0]["method"]
+        output.next_step(f"peftzoo show {best}; peftzoo bench --method {best},none --task {facts['task']}"
+                         f" --model {model} --seeds 0,1,2,3,4")  # fmt: skip
+    else:
+        output.next_step("a larger budget, or peftzoo params --method all --model NAME to see what fits")
 
 
 def _none_if_nan(value: float | None) -> float | None:

@@ -61,7 +61,8 @@ def _show_method(name: str, json: bool) -> None:
         output.print_table(
             "Published settings (--preset NAME)", ("preset", "options", "training", "source"), rows
         )
-    print(f"Learning rate: {cls.lr:g} by default.\n\nTry: peftzoo bench --method {name} --task gsm8k")
+    print(f"Learning rate: {cls.lr:g} by default.\n")
+    output.next_step(f"peftzoo bench --method {name} --task gsm8k")
 
 
 def _pairs(settings: dict[str, Any]) -> str:
@@ -90,7 +91,8 @@ def _show_group(name: str, members: tuple[str, ...], json: bool) -> None:
     print(f"{name}: {len(members)} tasks, {how}\n\n" + "\n".join(members))
     if rows := [(k, v) for k, v in about.items() if v not in (None, "", [], {})]:
         output.print_table("Together", ("key", "value"), rows)
-    print(f"\nTry: peftzoo bench --method lora --task {name}")
+    print()
+    output.next_step(f"peftzoo bench --method lora --task {name}")
 
 
 def _show_task(name: str, json: bool) -> None:
@@ -105,4 +107,4 @@ def _show_task(name: str, json: bool) -> None:
     extra = facts.pop("extra")
     rows = [(k, v) for k, v in {**facts, **extra}.items() if v not in (None, [], {})]
     output.print_table(f"{task.name}: {extra['title']}", ("key", "value"), rows)
-    print(f"Try: peftzoo bench --method lora --task {task.name}")
+    output.next_step(f"peftzoo bench --method lora --task {task.name}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from peftzoo.cli import bench, output
+from peftzoo.cli import _run_tables, output
 
 
 def add(app: typer.Typer) -> None:
@@ -100,7 +100,11 @@ def _print_plan(plan: list[dict[str, Any]], json: bool) -> None:
          _mib(r["memory"]), r["basis"]]
         for r in plan
     ]  # fmt: skip
-    output.print_table("Plan", columns, rows, right=("seed", "steps", "batch", "lr", "time", "memory"))
+    right, optional = (
+        ("seed", "steps", "batch", "lr", "time", "memory"),
+        ("model", "steps", "batch", "lr", "estimate"),
+    )
+    output.print_table("Plan", columns, rows, right=right, optional=optional)
     missing = total["to_do"] - total["estimated"]
     summary = [f"{total['runs']} runs, {total['done']} done, {total['to_do']} to do"]
     if estimated:
@@ -109,6 +113,7 @@ def _print_plan(plan: list[dict[str, Any]], json: bool) -> None:
     if missing:
         summary.append(f"time and memory of {missing} unknown")
     print("; ".join(summary))
+    output.next_step("the same command without --dry-run")
 
 
 def _hours(seconds: float | None) -> str:
@@ -162,16 +167,10 @@ class SweepProgress:
     """Prints the progress: a line per finished run; on a terminal also bars for the sweep and each worker."""
 
     def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TextColumn
 
         self.total, self.done, self.lines = total, 0, {}
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}", markup=False), TimeElapsedColumn(), console=self.console,
-            disable=not self.console.is_terminal,
-        )  # fmt: skip
+        self.bar = output.progress_bar(TextColumn("{task.fields[values]}", markup=False))
         self.sweep_bar = self.bar.add_task("sweep", total=total, values="")
 
     def __enter__(self) -> SweepProgress:
@@ -205,7 +204,7 @@ class SweepProgress:
         title = f"{record.method} on {record.task}, {record.model}, seed {record.seed}"
         title += ", a trial" if trial else ""
         status = record.status if new else "on record"
-        self.note(f"[{self.done}/{self.total}] {title}: {status}, {bench.score_or_reason(record)}")
+        self.note(f"[{self.done}/{self.total}] {title}: {status}, {_run_tables.score_or_reason(record)}")
 
     def note(self, text: str) -> None:
         """Print a message above the bars."""
@@ -217,7 +216,7 @@ class SweepProgress:
 
 def _print_results(scheduler: Any, json: bool) -> None:
     """Print the records of the sweep; exit with code 1 if a run failed."""
-    bench.print_results(scheduler.records, json, {})
+    _run_tables.print_results(scheduler.records, json, {})
     for text in scheduler.lost_runs:
         output.note(f"lost: {text}")
     if scheduler.lost_runs or any(record.status != "ok" for record, _, _ in scheduler.records):

@@ -66,5 +66,6 @@ def verify(
         output.print_table(verified.name, ("what", "recorded", "found", ""),
                    [(c.what, c.recorded, c.found, verdicts[c.good]) for c in checks])  # fmt: skip
         print("The record holds." if holds else "The record does not hold: see the lines that differ.")
+        output.next_step("peftzoo board" if holds else f"peftzoo doctor, and compare with {verified.file}")
     if not holds:
         raise typer.Exit(1)

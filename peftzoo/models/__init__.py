@@ -1,9 +1,9 @@
 """Base models: listed, downloaded, loaded, probed and pruned.
 
 `catalogue` lists, `hub` and `download` fetch, `loading` returns weights and tokenizer by name (`load`) or
-shapes without weights (`on_meta`), `silence` hides transformers' progress bars. `probe` collects the inputs
-and gradients of layers, `low_rank_start` derives initial values of a low-rank pair from them, `text_encoder`
-turns a text into vectors, `pruning` zeroes base weights.
+shapes without weights (`on_meta`), `silence` hides bars and warnings of libraries. `probe` collects the
+inputs and gradients of layers, `low_rank_start` derives initial values of a low-rank pair from them,
+`text_encoder` turns a text into vectors, `pruning` zeroes base weights.
 """
 
 from __future__ import annotations

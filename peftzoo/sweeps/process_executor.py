@@ -11,6 +11,7 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
+from peftzoo.models import silence
 from peftzoo.sweeps.executor import Job, JobResult, ProgressCallback, execute
 
 
@@ -89,6 +90,7 @@ def _worker_main(pipe: Any, threads: int, plugins: list[str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(2, 1)  # libraries print to standard error, which keeps the JSON apart
     try:
+        silence.libraries()
         import torch
 
         from peftzoo.contract import registry

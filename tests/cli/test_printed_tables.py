@@ -11,7 +11,9 @@ import sys
 import pytest
 
 from peftzoo import cli
-from peftzoo.cli import output
+from peftzoo.cli import _run_tables, commands, output
+from peftzoo.records import store
+from tests.boards.test_tables import make
 
 COLUMNS = ("method", "seeds", "trained", "options")
 ROWS = [
@@ -74,6 +76,7 @@ def test_no_table_steers_the_terminal(terminal) -> None:
     assert "\x1b" not in text and "\x07" not in text
 
 
+BENCH = "peftzoo bench --method bitfit --task gsm8k"
 LINES = [
     "list methods", "list tasks", "list models", "show lora", "show unilora", "show gsm8k",
     "show commonsense", "params --method lora,unilora,vera --model llama-2-7b",
@@ -116,7 +119,7 @@ def test_params_of_all_gives_every_method_its_row(run_cli) -> None:
 
 def test_check_ends_with_a_verdict(run_cli) -> None:
     code, out, _ = run_cli("check bitfit")
-    assert code == 0 and out.splitlines()[-1].startswith("bitfit passes every check. Next: peftzoo bench")
+    assert code == 0 and out.splitlines()[-2:] == ["bitfit passes every check.", f"Next: {BENCH}"]
 
 
 def test_bench_ends_with_means_and_the_next_command(run_cli, tmp_path) -> None:
@@ -126,3 +129,77 @@ def test_bench_ends_with_means_and_the_next_command(run_cli, tmp_path) -> None:
     code, out, _ = run_cli(f"{line} --seeds 0,1,2")
     assert code == 0 and out.splitlines()[-1] == f"Next: peftzoo board {tmp_path}"
     assert re.search(r"^none +3 +0\.\d{3} +\d\.\d{3}$", out, re.MULTILINE)
+
+
+def leaf_commands() -> list[list[str]]:
+    """The words of every command of the program."""
+    found, groups = [], [([], commands.command())]
+    while groups:
+        words, group = groups.pop()
+        for name, child in group.commands.items():
+            (groups if hasattr(child, "commands") else found).append(
+                ([*words, name], child) if hasattr(child, "commands") else [*words, name]
+            )
+    return found
+
+
+@pytest.mark.parametrize("words", leaf_commands(), ids="-".join)
+def test_quiet_and_json_hold_everywhere(words: list[str], run_cli) -> None:
+    code, out, _ = run_cli(" ".join([*words, "--help"]))
+    assert code == 0 and {"--json", "--quiet"} <= set(re.findall(r"--[a-z]+", out))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(line for line in LINES if " all " not in line),
+        "board RUNS --out OUT",
+        "doctor",
+        "verify RUNS-FILE --no-run",
+    ],
+)
+def test_quiet_prints_results_only(line: str, run_cli, tmp_path) -> None:
+    """Nothing on standard error, and no next step; the rest as without it."""
+    if "RUNS" in line:
+        file = store.write(tmp_path / "runs", make("lora"), [{"row": i, "acc": i % 2} for i in range(10)])
+        line = line.replace("RUNS-FILE", str(file)).replace("RUNS", str(tmp_path / "runs"))
+        line = line.replace("OUT", str(tmp_path / "board"))
+    code, loud, _ = run_cli(line)
+    assert code == 0 and loud.splitlines()[-1].startswith("Next: ")
+    code, silent, err = run_cli(f"{line} --quiet")
+    assert code == 0 and err == "" and silent.splitlines() == loud.splitlines()[:-1]
+    code, again, _ = run_cli(line)  # it holds for one command
+    assert again == loud
+
+
+def test_errors_are_printed_all_the_same(run_cli) -> None:
+    code, _, err = run_cli("show no-such-method --quiet")
+    assert code == 2 and "no-such-method" in err
+
+
+def test_quiet_runs_show_no_progress(run_cli, tmp_path) -> None:
+    line = f"bench --method none --task sst2 --limit 6 --seeds 0,1 --out {tmp_path}"
+    code, out, err = run_cli(f"{line} --quiet")
+    assert code == 0 and err == "" and "none" in out and "Next" not in out
+
+
+def test_the_untrained_model_stands_beside_the_means(tmp_path, capsys) -> None:
+    """Where a comparable run of it is on record."""
+
+    def shown(rows: int, seeds: int = 2) -> str:
+        data = {"source": "embedded", "id": "sst2", "scored_rows": rows, "files": {"train": {"sha256": "b"}}}
+        runs = [make("lora", s, 0.5, data=data) for s in range(seeds)]
+        _run_tables.print_results([(r, store.path(tmp_path, r), True) for r in runs], False, {})
+        return capsys.readouterr().out
+
+    assert "untrained model" not in shown(10)
+    store.write(tmp_path, make("none", 0, 0.25, train={"steps": 0}, trainable_params=0))
+    assert re.search(r"^untrained model +1 +0\.250 +on record$", shown(10), re.MULTILINE)
+    assert "untrained model, on record: acc 0.250" in shown(10, seeds=1)
+    assert "untrained model" not in shown(11), "other rows"
+
+
+def test_no_color(terminal, monkeypatch) -> None:
+    """On a terminal that has colours, NO_COLOR keeps them out."""
+    with_colour = terminal(80, lambda: monkeypatch.setenv("TERM", "xterm-256color") or table())
+    assert not re.search(r"\x1b\[\d*(;\d+)*3\dm", with_colour)
