@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -42,6 +43,27 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The file with the longest tests comes first, so that no worker waits for it at the end."""
     items.sort(key=lambda item: item.path.parent.name != "sweeps")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_latency():
+    """Runs of tests measure latency on a few tokens, once."""
+    from peftzoo.measuring import counters
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counters, "LATENCY_TOKENS", 3)
+        patch.setattr(counters, "LATENCY_ROUNDS", 1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def checks_run_once():
+    """The checks of a method run once for all tests of what `check` prints."""
+    from peftzoo import conform
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conform, "run", functools.cache(conform.run))
+        yield
 
 
 @pytest.fixture

@@ -23,6 +23,24 @@ COMMANDS = (
 """What works away from a checkout; the records that board and recommend read come with the wheel."""
 
 
+ALL_COMMANDS = """
+import contextlib, io, sys
+from peftzoo import cli
+
+for line in sys.argv[1:]:
+    sys.argv = ["peftzoo", *line.split()]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert not end.code, line
+    assert out.getvalue().strip(), line
+    print(line)
+"""
+"""Runs the command lines one after another, so that libraries are imported once."""
+
+
 @pytest.mark.slow
 def test_wheel(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
@@ -54,14 +72,13 @@ def test_wheel(tmp_path: Path) -> None:
     away.mkdir()
     env = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
-    def run(line: str) -> str:
-        words = [sys.executable, "-m", "peftzoo", *line.split()]
-        done = subprocess.run(words, cwd=away, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and done.stdout, f"{line}: {done.stderr}"
+    def run(*words: str) -> str:
+        line = [sys.executable, *words]
+        done = subprocess.run(line, cwd=away, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and done.stdout, done.stderr
         return done.stdout
 
-    for line in COMMANDS:
-        run(line)
+    run("-c", ALL_COMMANDS, *COMMANDS)
     bench = "bench --method unilora --task gsm8k --steps 1 --limit 2 --max-new-tokens 4 --json"
-    record = json.loads(run(bench))[0]
+    record = json.loads(run("-m", "peftzoo", *bench.split()))[0]
     assert record["status"] == "ok" and record["environment"]["commit"] is None  # not the checkout's copy

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MIRROR = ROOT.parent / "shared" / "data"
 SHORTER = {"bench": ["--steps", "2", "--limit", "4"], "profile": ["--rounds", "1", "--length", "16"]}
-SHORTER["sweep"] = ["--dry-run"]
+SHORTER["sweep"] = SHORTER["tune"] = ["--dry-run"]
 SHORTER["generate"] = ["--steps", "2", "--limit", "2", "--batch-size", "2"]
 """Added to a command so that it ends soon; what the README shows stays as it is."""
 

@@ -1,9 +1,19 @@
 """Leaderboards from records: tables of comparable runs, ranks, static pages and recommendations.
 
-`tables` groups comparable runs, `ranks` holds intervals, paired tests and ranks, `pareto` the Pareto front of
-score against cost, `formats` writes Markdown, CSV and JSON, `pages` a static site. `recommend` lists methods
-within a budget, `replications` sets published scores beside ours, `external_results` reads the result files
-of HF PEFT's method comparison.
+`tables` groups comparable runs, `ranks` says which can be told apart, `power` how many seeds that takes,
+`pareto` is the Pareto front of score against cost, `formats` writes Markdown, CSV and JSON, `pages` a
+static site. `recommend` lists methods within a budget, `replications` sets published scores beside ours,
+`external_results` reads the result files of HF PEFT's method comparison.
 """
 
-__all__ = ["external_results", "formats", "pages", "pareto", "ranks", "recommend", "replications", "tables"]
+__all__ = [
+    "external_results",
+    "formats",
+    "pages",
+    "pareto",
+    "power",
+    "ranks",
+    "recommend",
+    "replications",
+    "tables",
+]

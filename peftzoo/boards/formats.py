@@ -3,6 +3,7 @@ markup, cells, rows or spreadsheet formulas."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from peftzoo.records import store
 
 ABOUT = (
     "Mean over seeds; +-95 %: half the t interval of that mean; se: standard error over the scored rows, "
-    "mean over seeds. Rank: the best and all that a paired test on the same rows and seeds does not tell "
-    "apart from it share rank 1, and so on with the rest; fewer than 3 seeds, or no outcomes per row: not "
-    "ranked. p: that test against the best row and against the baseline, Holm-corrected in the table "
-    "(for right and wrong answers the exact sign-flip test, which for one seed is McNemar's; else a "
-    "bootstrap). A method that can be merged is scored merged, unless a pack scored its runs together; "
-    "unmerged: on the first rows only, as a check."
+    "mean over seeds. Rank: from and to, with 95 % confidence for the whole table, seeds and rows both "
+    "taken as drawn at random (all pairs by the studentised range; the rule, its level and its power: "
+    "results/ranks.md); * may be the best: nothing here is significantly better. No rank: fewer than 3 "
+    "seeds, or outcomes per row that are missing, and the last column says which. p: t test of the "
+    "difference from the baseline with the same variances, Holm-corrected. broken: runs that ended no "
+    "better than the commonest answer; they count in the mean. A method that can be merged is scored "
+    "merged, unless a pack scored its runs together; unmerged: on the first rows only, as a check."
 )
 
 
@@ -47,21 +49,33 @@ def markdown(
     sections = [f"# Board\n\n{ABOUT}", *([preface] if preface else [])]
     for shared, table in tables:
         cells = pd.DataFrame({
-            "rank": table["rank"].map(lambda v: _fixed(v, 0)), "method": table["method"].map(escape),
+            "rank": rank_intervals(table), "method": table["method"].map(escape),
             escape(shared["metric"] or "score"): table["score"].map(lambda v: _fixed(v, 3)),
             "+-95 %": table["ci95"].map(lambda v: _fixed(v, 3)),
             "se": table["stderr"].map(lambda v: _fixed(v, 3)), "seeds": table["seeds"],
-            "p best": table["p_best"].map(p_value), f"p {escape(baseline)}": table["p_base"].map(p_value),
+            f"p {escape(baseline)}": table["p_base"].map(p_value),
+            "broken": table["broken"].map(lambda v: v or ""),
             "unmerged": table["unmerged"].map(lambda v: _fixed(v, 3)),
             "trained": table["trained"].map(lambda v: "" if pd.isna(v) else f"{int(v):,}"),
             "step ms": table["step_ms"].map(lambda v: _fixed(v, 1)),
             "memory MiB": table["memory_mib"].map(lambda v: _fixed(v, 0)),
             "lr": table["lr"].map(lambda v: "" if pd.isna(v) else f"{v:g}"),
-            "options": table["options"].map(escape),
+            "options": table["options"].map(escape), "not ranked": table["why"].map(escape),
         })  # fmt: skip
-        heading, notes = f"## {escape(title(shared))}", [escape(conditions(shared)), escape(device(shared))]
+        cells = cells.drop(columns=[c for c in ("broken", "not ranked") if not cells[c].astype(bool).any()])
+        heading = f"## {escape(title(shared))}"
+        notes = [f"**{escape(table.attrs['verdict'].sentence)}**", escape(conditions(shared)),
+                 escape(device(shared))]  # fmt: skip
         sections.append("\n\n".join([heading, *notes, markdown_table(cells)]))
     return "\n\n".join(sections) + "\n"
+
+
+def rank_intervals(table: pd.DataFrame) -> list[str]:
+    """`1-4*` per row: the first and last possible rank, with a star for what may be the best."""
+    return [
+        "" if low is None else f"{low}{f'-{high}' if high > low else ''}{'*' if best else ''}"
+        for low, high, best in zip(table["rank"], table["rank_high"], table["best"], strict=True)
+    ]
 
 
 def markdown_table(cells: pd.DataFrame) -> str:
@@ -126,6 +140,12 @@ def _fixed(value: Any, digits: int) -> str:
     return "" if value is None or pd.isna(value) else f"{value:.{digits}f}"
 
 
+def _verdict(table: pd.DataFrame) -> dict[str, Any]:
+    """What a table says as a whole; empty for a part of a table."""
+    verdict = table.attrs.get("verdict")
+    return {} if verdict is None else {"verdict": asdict(verdict)}
+
+
 def as_rows(tables: list[tuple[dict[str, Any], pd.DataFrame]]) -> list[dict[str, Any]]:
     """The tables as plain JSON: one object per table with the shared fields and, under `table`, its rows."""
 
@@ -134,7 +154,7 @@ def as_rows(tables: list[tuple[dict[str, Any], pd.DataFrame]]) -> list[dict[str,
         return None if isinstance(value, float) and value != value else value
 
     return [
-        {**{k: integral(clean(v)) for k, v in shared.items()},
+        {**{k: integral(clean(v)) for k, v in shared.items()}, **_verdict(table),
          "table": [{k: clean(v) for k, v in row.items() if k != "records"}
                    for row in table.to_dict("records")]}
         for shared, table in tables

@@ -112,7 +112,9 @@ def _board_fields(
     rows = [{k: None if _is_missing(v) else v for k, v in row.items()} for row in table.to_dict("records")]
     for row in rows:
         row["family"] = (cards[row["method"]] or {}).get("family") or "not installed here"
-    scored = [r for r in rows if r["score"] is not None]
+    for row, interval in zip(rows, formats.rank_intervals(table), strict=True):
+        row["interval"] = interval
+    scored, verdict = [r for r in rows if r["score"] is not None], table.attrs["verdict"]
     plots = {
         axis: pareto.plot([(r["method"], r[axis], r["score"]) for r in scored if r[axis] is not None])
         for axis in AXES
@@ -121,8 +123,8 @@ def _board_fields(
         "id": f"board-{index}", "facts": shared, "title": formats.title(shared),
         "device": formats.device(shared), "conditions": formats.conditions(shared),
         "metric": shared["metric"] or "score", "rows": rows,
-        "best": scored[0] if scored else None, "plots": {k: p for k, p in plots.items() if p},
-        "runs": sum(len(r["records"]) for r in rows),
+        "best": scored[0] if scored and verdict.crowned else None, "verdict": verdict,
+        "plots": {k: p for k, p in plots.items() if p}, "runs": sum(len(r["records"]) for r in rows),
     }  # fmt: skip
 
 

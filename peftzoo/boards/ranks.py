@@ -1,20 +1,41 @@
-"""Confidence intervals over seeds, paired significance tests over the same rows, and ranks."""
+"""Which methods can be told apart: seeds and rows both drawn at random, all pairs at once.
+
+The model of a table. Run s of method m makes y[m,s,i] of row i (1 or 0 for right and wrong answers, else a
+jackknife pseudo-value). Seeds are nested in methods, rows are crossed with them, as in multi-reader
+multi-case studies (Obuchowski & Rockette 1995; Hillis 2014), without an effect that readers share:
+
+    y[m,s,i] = mean_m + row_i + (method x row)_mi + seed_ms + rest_msi
+
+    seed_m   N sum_s (ybar[m,s] - ybar[m])^2 / (K_m - 1)        expects  rest_m + N var(seed_m)
+    rest_m   the mean square of what rows and seeds of m leave  expects  rest_m
+    rows_mn  the variance over rows of ybar[m,.,i] - ybar[n,.,i], less rest_m / K_m + rest_n / K_n
+
+    Var(ybar[m] - ybar[n]) = V_m / (N K_m) + V_n / (N K_n) + rows_mn / N
+
+V_m is the larger of the method's own seed_m and the mean over methods: a method whose seeds happen to agree
+gains nothing by it. Pairs are compared by the studentised range (Tukey 1949; Kramer 1956 for unequal K), with
+Satterthwaite's degrees of freedom. `tools/simulate_ranks.py` shows the level and the power of this rule.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import signal, stats
+from scipy import stats
 
 from peftzoo.records.metric_terms import Array, Sample
 
 SIGNIFICANCE = 0.05
+POWER = 0.8
+"""How often the smallest difference that a table could have found would be found."""
 MIN_SEEDS = 3
 """Methods with fewer seeds are not ranked."""
-MAX_RESAMPLES = 9999
-"""Resamples of a bootstrap; fewer (50,000,000 / rows, at least 999) where there are more than 5,000 rows."""
+SPLITS = 200
+"""Random half-splits of rows and seeds."""
 
 
 def confidence_half_width(scores: Sequence[float]) -> float | None:
@@ -29,71 +50,248 @@ def _t_quantile(degrees_of_freedom: int) -> float:
     return float(stats.t.ppf(1 - SIGNIFICANCE / 2, degrees_of_freedom))
 
 
-# -- paired tests ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Entry:
+    """The outcomes of one method and configuration by seed; `reason`: why there are none.
 
-SamplesBySeed = dict[int, Sample]
-"""The outcomes of one method and configuration: seed -> sample."""
-
-
-def paired_p_value(a: SamplesBySeed, b: SamplesBySeed) -> float | None:
-    """Two-sided p value of the hypothesis that two methods score alike, from the seeds and rows of both.
-
-    Right and wrong answers: the exact sign-flip test of the rows' differences, summed over seeds, which with
-    one seed is McNemar's exact test. Other metrics: a paired bootstrap over rows of the mean over seeds. None
-    where no seed has the same rows and metric in both, or the metric is undefined on every resample.
+    `fixed`: one thing without seeds, such as the untrained language model.
     """
-    seeds = [s for s in a if s in b and a[s].rows == b[s].rows and a[s].metric is b[s].metric]
-    if not seeds:
-        return None
-    if all(samples[s].binary for samples in (a, b) for s in seeds):
-        row_sums: dict = {}
-        for s in seeds:
-            for row, d in zip(a[s].rows, a[s].terms[:, 0] - b[s].terms[:, 0], strict=True):
-                row_sums[row] = row_sums.get(row, 0) + int(d)
-        sizes, counts = np.unique([abs(d) for d in row_sums.values() if d], return_counts=True)
-        size_counts = tuple(zip(sizes.tolist(), counts.tolist(), strict=True))
-        return sign_flip_p_value(size_counts, abs(sum(row_sums.values())))
-    with np.errstate(invalid="ignore"):
-        differences = np.mean([bootstrap_metric(a[s]) - bootstrap_metric(b[s]) for s in seeds], 0)
-    differences = differences[np.isfinite(differences)]
-    if not len(differences):
-        return None
-    tail = min((differences <= 0).sum(), (differences >= 0).sum())
-    return float(min(1.0, 2 * (tail + 1) / (len(differences) + 1)))
+
+    samples: dict[int, Sample]
+    fixed: bool = False
+    reason: str = ""
 
 
-@lru_cache(maxsize=4096)
-def sign_flip_p_value(size_counts: tuple[tuple[int, int], ...], abs_sum: int) -> float:
-    """Exact two-sided p value of a sum of differences under random signs.
+@dataclass(frozen=True)
+class Components:
+    """Variances of one row's outcome: between seeds (of the whole run), between methods beyond the row, rest.
 
-    `size_counts` holds pairs (absolute difference, number of rows with it), `abs_sum` is the absolute value
-    of the observed sum. With all sizes 1 this is McNemar's exact test.
+    `pooled` is the mean of the methods' mean squares between seeds, with `freedom` degrees of freedom; `rows`
+    half the median of the pairs; `n` the number of rows.
     """
-    pmf = np.ones(1)  # of the sum of the differences that got a plus sign
-    for size, n in size_counts:
-        size_pmf = np.zeros(size * n + 1)
-        size_pmf[::size] = stats.binom.pmf(np.arange(n + 1), n, 0.5)
-        pmf = signal.convolve(pmf, size_pmf)
-    largest = len(pmf) - 1  # for a total sum s, (largest + s) / 2 of it got a plus sign
-    tail = pmf[: (largest - abs_sum) // 2 + 1].sum()
-    return float(min(1.0, max(2 * tail, 0.0))) if abs_sum else 1.0
+
+    seed: float
+    rows: float
+    rest: float
+    pooled: float
+    freedom: int
+    n: int
+
+    @property
+    def seed_deviation(self) -> float:
+        """Standard deviation of a method's true score from seed to seed."""
+        return self.seed**0.5
+
+    def difference(self, seeds: int, n: int) -> tuple[float, float]:
+        """(variance of a difference of two means over so many seeds and rows, its part due to seeds)."""
+        from_seeds = 2 * (self.seed / seeds + self.rest / (n * seeds))
+        return from_seeds + 2 * self.rows / n, from_seeds
 
 
-@lru_cache(maxsize=512)
-def bootstrap_metric(sample: Sample) -> Array:
-    """(B,): the metric on B bootstrap resamples of the rows; samples of the same rows share the resamples."""
-    n = len(sample.rows)
-    term_sums = _resample_counts(n, sample.rows) @ sample.terms.astype(np.float32)
-    return sample.metric(term_sums.astype(float) / n)
+@dataclass(frozen=True)
+class Comparison:
+    """What can be said of the entries of a table, in their order."""
+
+    ranks: list[tuple[int, int] | None]
+    """First and last possible rank, with 95 % confidence for all of them together."""
+    best: list[bool]
+    """Whether it may be the best: no other entry is significantly better."""
+    p_base: list[float | None]
+    """Holm-corrected p value of the difference from the baseline."""
+    reasons: list[str]
+    """Why an entry has no rank."""
+    detectable: float | None = None
+    """The smallest difference that a table like this finds with probability `POWER`."""
+    half_splits: float | None = None
+    """Share of pairs and random half-splits (rows and seeds) in which both halves have the same order."""
+    components: Components | None = None
+
+    @property
+    def can_rank(self) -> bool:
+        """Whether any two entries are told apart."""
+        return any(r and r[1] - r[0] + 1 < sum(map(bool, self.ranks)) for r in self.ranks)
 
 
-@lru_cache(maxsize=1)
-def _resample_counts(n: int, rows: tuple) -> Array:
-    """(B, n): how often each of the n rows is drawn in each resample; `rows` is a key of the cache only."""
-    B = max(MAX_RESAMPLES // 10, min(MAX_RESAMPLES, 50_000_000 // n))
-    draws = np.random.default_rng(0).integers(0, n, (B, n))
-    draws += n * np.arange(B)[:, None]
-    return np.bincount(draws.ravel(), minlength=B * n).reshape(B, n).astype(np.float32)
+def compare(
+    entries: Sequence[Entry], baseline: int | None = None, higher_is_better: bool = True, splits: int = SPLITS
+) -> Comparison:
+    """Compare all entries of a table; the others are tested against the one at the index `baseline`."""
+    reasons = [_reason(e) for e in entries]
+    rows = _common_rows([e for e, why in zip(entries, reasons, strict=True) if not why])
+    values: dict[int, Array] = {}
+    for i, entry in enumerate(entries):
+        if not reasons[i]:
+            values[i], reasons[i] = _values(entry, rows, 1 if higher_is_better else -1)
+        if reasons[i]:
+            values.pop(i, None)
+    nothing = [None] * len(entries)
+    fixed = {i for i in values if entries[i].fixed}
+    if len(values) < 2 or len(fixed) == len(values):
+        alone = "nothing here to compare it with"
+        return Comparison(nothing, [False] * len(entries), nothing, [r or alone for r in reasons])
+    table = _Table(values, fixed)
+    better = table.significantly_better()
+    at = {i: position for position, i in enumerate(values)}
+    ranks = [
+        (1 + int(better[:, at[i]].sum()), len(values) - int(better[at[i]].sum())) if i in at else None
+        for i in range(len(entries))
+    ]
+    best = [i in at and not better[:, at[i]].any() for i in range(len(entries))]
+    p_base = nothing
+    if baseline in at:
+        p = table.p_values_against(at[baseline])
+        p_base = holm([p[at[i]] if i in at and i != baseline else None for i in range(len(entries))])
+    detectable, stable = table.detectable(), half_splits(values, splits)
+    return Comparison(ranks, best, p_base, reasons, detectable, stable, table.components)
+
+
+def _reason(entry: Entry) -> str:
+    if entry.reason:
+        return entry.reason
+    if not entry.samples:
+        return "no outcomes per row"
+    if len(entry.samples) < MIN_SEEDS and not entry.fixed:
+        return f"{len(entry.samples)} of {MIN_SEEDS} seeds"
+    return ""
+
+
+def _common_rows(entries: Sequence[Entry]) -> tuple:
+    """The rows that most runs were scored on."""
+    counts = Counter(s.rows for e in entries for s in e.samples.values())
+    return counts.most_common(1)[0][0] if counts else ()
+
+
+def _values(entry: Entry, rows: tuple, sign: int) -> tuple[Array, str]:
+    """(K, N): the value of each row in each seed, in the order of `rows`; or why they cannot be had."""
+    order: dict = {}
+    values = np.empty((len(entry.samples), len(rows)))
+    for k, sample in enumerate(entry.samples.values()):
+        if sample.rows == rows:
+            values[k] = sample.values()
+            continue
+        if set(sample.rows) != set(rows):
+            return np.empty((0, 0)), "scored on other rows than the rest"
+        order = order or {row: i for i, row in enumerate(rows)}
+        values[k, [order[row] for row in sample.rows]] = sample.values()
+    if not np.isfinite(values).all():
+        return np.empty((0, 0)), "its metric is undefined without some of the rows"
+    return sign * values, ""
+
+
+class _Table:
+    """The differences of a table and their variances.
+
+    `values` holds (K_m, N) per method; those in `fixed` have one run and no seeds.
+    """
+
+    def __init__(self, values: dict[int, Array], fixed: set[int]) -> None:
+        runs, seeded = list(values.values()), [i not in fixed for i in values]
+        self.n, m = runs[0].shape[1], len(runs)
+        self.means = np.array([y.mean() for y in runs])
+        k = np.array([len(y) for y in runs])
+        between = np.array([_mean_square_of_seeds(y) for y in runs])
+        rest = np.array([_mean_square_of_rest(y) for y in runs])
+        self.seeded = np.array(seeded)
+        degrees = (k - 1) * self.seeded
+        self.freedom_of_seeds = int(degrees.sum())
+        pooled = float(between @ degrees) / self.freedom_of_seeds
+        own = np.where(self.seeded, np.maximum(between, pooled), 0.0) / (self.n * k)
+        self.from_seeds = own[:, None] + own
+        of_rest = np.where(self.seeded, rest / k, 0.0)
+        covariance = np.atleast_2d(np.cov(np.array([y.mean(0) for y in runs])))
+        variances = np.diag(covariance)
+        spread = variances[:, None] + variances - 2 * covariance - of_rest[:, None] - of_rest
+        self.from_rows = np.maximum(spread, 0.0) / self.n
+        np.fill_diagonal(self.from_rows, 0.0)
+        self.variance = self.from_seeds + self.from_rows
+        self.pairs = np.triu_indices(m, 1)
+        rest_of_all = float(rest @ degrees) / self.freedom_of_seeds
+        seeded_pairs = (self.seeded[:, None] & self.seeded)[self.pairs]
+        of_rows = self.from_rows[self.pairs][seeded_pairs]
+        rows = self.n * float(np.median(of_rows)) / 2 if len(of_rows) else 0.0
+        self.components = Components(
+            max(pooled - rest_of_all, 0.0) / self.n, rows, rest_of_all, pooled, self.freedom_of_seeds, self.n
+        )
+        self.freedom = self._freedom()
+
+    def _freedom(self) -> float:
+        """Satterthwaite's degrees of freedom of a typical difference."""
+        from_seeds = float(np.median(self.from_seeds[self.pairs]))
+        from_rows = float(np.median(self.from_rows[self.pairs]))
+        total = from_seeds + from_rows
+        if not total:
+            return float(self.freedom_of_seeds)
+        return total**2 / (from_seeds**2 / self.freedom_of_seeds + from_rows**2 / max(self.n - 1, 1))
+
+    def significantly_better(self) -> Array:
+        """(M, M) of bool: whether the entry of the row is better than that of the column."""
+        limit = critical_range(len(self.means), self.freedom) * np.sqrt(self.variance / 2)
+        return self.means[:, None] - self.means > np.maximum(limit, 1e-12)
+
+    def p_values_against(self, baseline: int) -> list[float]:
+        """Two-sided p values of t tests of all entries against one; 1 where nothing differs."""
+        difference = np.abs(self.means - self.means[baseline])
+        deviation = np.sqrt(self.variance[baseline])
+        t = np.divide(difference, deviation, out=np.full(len(difference), np.inf), where=deviation > 0)
+        return np.where(difference > 1e-12, 2 * stats.t.sf(t, self.freedom), 1.0).tolist()
+
+    def detectable(self) -> float:
+        """The smallest difference that is found with probability `POWER`, for a pair of median variance."""
+        variance = float(np.median(self.variance[self.pairs]))
+        return smallest_difference(variance, len(self.means), self.freedom)
+
+
+def _mean_square_of_seeds(y: Array) -> float:
+    """N times the variance over seeds of the runs' means; 0 for one seed."""
+    return y.shape[1] * float(y.mean(1).var(ddof=1)) if len(y) > 1 else 0.0
+
+
+def _mean_square_of_rest(y: Array) -> float:
+    """The mean square of what the means of rows and of seeds leave; 0 for one seed or one row."""
+    (k, n), rest = y.shape, y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
+    return float((rest**2).sum()) / ((k - 1) * (n - 1)) if k > 1 and n > 1 else 0.0
+
+
+def smallest_difference(variance: float, methods: int, freedom: float) -> float:
+    """The difference of two methods that is significant with probability `POWER`.
+
+    `variance`: of the difference; `methods`: compared in the table; `freedom`: degrees of freedom.
+    """
+    deviation = variance**0.5
+    limit = critical_range(methods, freedom) / 2**0.5
+    return float(deviation * (limit + stats.t.ppf(POWER, freedom)))
+
+
+def critical_range(methods: int, freedom: float) -> float:
+    """The 95 % point of the studentised range of so many means; degrees of freedom are rounded down."""
+    return _critical_range(max(methods, 2), max(int(freedom), 1) if freedom < 100 else 100)
+
+
+@lru_cache(maxsize=1024)
+def _critical_range(methods: int, freedom: int) -> float:
+    return float(stats.studentized_range.ppf(1 - SIGNIFICANCE, methods, freedom))
+
+
+def half_splits(values: dict[int, Array], splits: int = SPLITS) -> float | None:
+    """Share of pairs of methods and of random half-splits in which both halves have the same order.
+
+    Rows and, in each method with several, seeds are split. None for fewer than two methods or four rows, and
+    without any splits.
+    """
+    n = next(iter(values.values())).shape[1]
+    if len(values) < 2 or n < 4 or not splits:
+        return None
+    rng, same, pairs = np.random.default_rng(0), 0.0, np.triu_indices(len(values), 1)
+    for _ in range(splits):
+        rows, means = rng.permutation(n), np.empty((2, len(values)))
+        for m, y in enumerate(values.values()):
+            seeds = rng.permutation(len(y))
+            for half in (0, 1):
+                runs = seeds[half::2] if len(y) > 1 else seeds
+                means[half, m] = y[np.ix_(runs, rows[half::2])].mean()
+        order = np.sign(means[:, :, None] - means[:, None, :])
+        same += float((order[0] == order[1])[pairs].mean())
+    return same / splits
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
@@ -105,31 +303,3 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(ascending) - position) * value))
         corrected[i] = largest
     return corrected
-
-
-def p_values_against(methods: Sequence[SamplesBySeed], reference: int) -> list[float | None]:
-    """Holm-corrected p values of all methods against the one at index `reference`; None for itself."""
-    return holm(
-        [None if i == reference else paired_p_value(m, methods[reference]) for i, m in enumerate(methods)]
-    )
-
-
-def ranks(methods: Sequence[SamplesBySeed], rankable: Sequence[bool]) -> list[int | None]:
-    """Ranks of methods that come best first; None for those that are not `rankable`.
-
-    The best method and all that do not differ significantly from it share rank 1; of the rest, again the best
-    and all that do not differ from it share the next rank, and so on, with Holm's correction in each round. A
-    method that cannot be tested against the best one left (no row or seed in common) has no rank.
-    """
-    result: list[int | None] = [None] * len(methods)
-    unranked = [i for i in range(len(methods)) if rankable[i]]
-    rank = 1
-    while unranked:
-        p = [1.0, *p_values_against([methods[i] for i in unranked], 0)[1:]]
-        tested = {i: v for i, v in zip(unranked, p, strict=True) if v is not None}
-        tied = [i for i, v in tested.items() if v >= SIGNIFICANCE]
-        for i in tied:
-            result[i] = rank
-        rank += len(tied)
-        unranked = [i for i in tested if i not in tied]
-    return result

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,7 @@ from peftzoo.boards import ranks
 from peftzoo.errors import UserError
 from peftzoo.records import outcomes
 from peftzoo.records.schema import Record, Score, number
+from peftzoo.tasks import task_files
 
 BASELINE = "lora"
 """The method that all others are tested against, besides the best."""
@@ -22,9 +24,9 @@ DATA_FIELDS = ("id", "files", "cut", "train", "trained_on")
 """Fields of `record.data` that identify the rows, scored and trained on."""
 BUDGET = ("steps", "batch_size", "recipe", "tuning")
 """The training budget; runs without training join tables of any budget."""
-SHARED = ("task", "task_version", "model", "weights", "source", "data", "protocol", "average", "view", "rows",
-          "max_length", "max_new_tokens", "prune", "metric", "precision", "measure_version", "device",
-          *BUDGET)  # fmt: skip
+SHARED = ("task", "task_version", "task_digest", "model", "weights", "source", "data", "protocol", "average",
+          "view", "rows", "max_length", "max_new_tokens", "prune", "metric", "precision", "measure_version",
+          "device", *BUDGET)  # fmt: skip
 """Fields that are equal for all runs of a table; `weights` and `data` are digests of the record's fields."""
 
 
@@ -40,7 +42,8 @@ def _run_row(r: Record) -> dict[str, Any]:
     latency = r.merged_latency or r.latency
     prompt = ", loss on the prompt too" if train.get("train_on_prompt") else ""
     return {
-        "task": r.task, "task_version": r.task_version, "model": r.model, "weights": digest(r.model_source),
+        "task": r.task, "task_version": r.task_version, "task_digest": _digest_of_own_file(r),
+        "model": r.model, "weights": digest(r.model_source),
         "source": _short_text(r.data.get("source")), "data": digest([r.data.get(k) for k in DATA_FIELDS]),
         "protocol": r.protocol, "average": r.average, "view": r.view,
         "rows": number(r.data.get("scored_rows")),
@@ -63,6 +66,12 @@ def _run_row(r: Record) -> dict[str, Any]:
         "trained": r.trainable_params, "step_ms": number(r.step_time.get("median_ms")),
         "memory_mib": memory / 2**20 if memory else None,
     }  # fmt: skip
+
+
+def _digest_of_own_file(r: Record) -> str | None:
+    """What tells task files of one name apart; None for those that ship with us, and for older records."""
+    known = r.task_digest is None or task_files.is_built_in(r.task, r.task_digest)
+    return None if known else _short_text(r.task_digest)[:8]
 
 
 def _searched(r: Record) -> dict[str, str]:
@@ -128,20 +137,77 @@ def untrained_beside(records: list[Record], candidates: list[Record]) -> list[Re
 
 
 def _add_ranks(table: pd.DataFrame, baseline: str, warn: Callable[[str], None]) -> pd.DataFrame:
-    """The table with ranks, and p values against the best row and against the best row of the baseline."""
-    samples = [_samples(records, warn) for records in table["records"]]
-    rankable = [len(by_seed) >= ranks.MIN_SEEDS for by_seed in samples]
-    base = next((i for i, m in enumerate(table["method"]) if m == baseline and samples[i]), None)
+    """The table with intervals of ranks, those that may be the best, and tests against the baseline.
+
+    `attrs["verdict"]` says what holds for the whole table (`Verdict`).
+    """
+    entries = [_entry(records, warn) for records in table["records"]]
+    base = next((i for i, m in enumerate(table["method"]) if m == baseline and entries[i].samples), None)
+    downwards = bool(len(table)) and not _higher_is_better(table["records"].iloc[0])
+    found = ranks.compare(entries, base, higher_is_better=not downwards)
+    commonest = [_commonest(records) for records in table["records"]]
     columns = {
-        "rank": ranks.ranks(samples, rankable),
-        "p_best": ranks.p_values_against(samples, 0),
-        "p_base": [None] * len(samples) if base is None else ranks.p_values_against(samples, base),
-    }
-    return table.assign(**{k: pd.Series(v, index=table.index, dtype=object) for k, v in columns.items()})
+        "rank": [r and r[0] for r in found.ranks], "rank_high": [r and r[1] for r in found.ranks],
+        "best": found.best, "p_base": found.p_base, "why": found.reasons,
+        "broken": [_breakdowns(r, c) for r, c in zip(table["records"], commonest, strict=True)],
+    }  # fmt: skip
+    table = table.assign(**{k: pd.Series(v, index=table.index, dtype=object) for k, v in columns.items()})
+    table.attrs["comparison"] = found
+    table.attrs["verdict"] = Verdict.of(
+        table, found, max((c for c in commonest if c is not None), default=None)
+    )
+    return table
 
 
-def _samples(records: list[Record], warn: Callable[[str], None]) -> ranks.SamplesBySeed:
-    by_seed = {}
+@dataclass(frozen=True)
+class Verdict:
+    """What a table can say as a whole.
+
+    `crowned`: the method that is the best beyond doubt, or None; `commonest`: the score of always giving the
+    commonest answer; the others as in `ranks.Comparison`, `spread` between the best and worst ranked score.
+    """
+
+    crowned: str | None
+    can_rank: bool
+    detectable: float | None
+    half_splits: float | None
+    commonest: float | None
+    spread: float | None
+    sentence: str
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, found: ranks.Comparison, commonest: float | None) -> Verdict:
+        """The verdict on a table with its ranks."""
+        ranked = table[table["rank"].notna()]
+        best = ranked[ranked["best"].astype(bool)]["method"].tolist()
+        spread = float(ranked["score"].max() - ranked["score"].min()) if len(ranked) else None
+        beaten = commonest is not None and len(ranked) and ranked["score"].max() <= commonest
+        crowned = best[0] if len(best) == 1 and len(ranked) > 1 and not beaten else None
+        if len(ranked) < 2:
+            sentence = "One entrant: nothing to rank." if len(table) == 1 else (
+                f"Not ranked: it takes {ranks.MIN_SEEDS} seeds and outcomes per row of two methods at least."
+            )  # fmt: skip
+        elif beaten:
+            sentence = f"Nothing here is better than the commonest answer ({commonest:.3f})."
+        elif not spread:
+            sentence = "All scores here are equal."
+        elif not found.can_rank:
+            sentence = (
+                f"These runs cannot rank: a difference of {found.detectable:.3f} would be found in 80 of 100"
+                f" such tables, and the scores lie within {spread:.3f}."
+            )
+        else:
+            names = ", ".join(dict.fromkeys(best))
+            sentence = f"The best: {names}." if crowned else f"May be the best ({len(best)}): {names}."
+            sentence += f" A difference of {found.detectable:.3f} would be found in 80 of 100 such tables."
+        if found.half_splits is not None:
+            sentence += f" The order of a pair holds in {found.half_splits:.0%} of half-splits."
+        return cls(crowned, found.can_rank, found.detectable, found.half_splits, commonest, spread, sentence)
+
+
+def _entry(records: list[Record], warn: Callable[[str], None]) -> ranks.Entry:
+    """The outcomes of one method and configuration."""
+    by_seed, reason = {}, ""
     for record in records:
         try:
             scored = record.result is not None and record.result.value is not None
@@ -149,7 +215,30 @@ def _samples(records: list[Record], warn: Callable[[str], None]) -> ranks.Sample
                 by_seed[record.seed] = sample
         except UserError as error:
             warn(str(error))
-    return by_seed
+            reason = "outcomes that are not those of its score"
+    untrained = not number(records[0].train_config.get("steps")) and records[0].view != "head"
+    return ranks.Entry(by_seed, fixed=untrained and len(by_seed) == 1, reason=reason)
+
+
+def _higher_is_better(records: list[Record]) -> bool:
+    """Whether larger scores are better, which is equal for all of a table."""
+    return next((r.result.higher_is_better for r in records if r.result), True)
+
+
+def _commonest(records: list[Record]) -> float | None:
+    """The score of always giving the commonest answer; None where the outcomes do not tell."""
+    try:
+        return outcomes.commonest_answer(records[0])
+    except UserError:
+        return None
+
+
+def _breakdowns(records: list[Record], commonest: float | None) -> int:
+    """Runs that ended no better than the commonest answer although they were trained."""
+    if commonest is None:
+        return 0
+    trained = [r for r in records if number(r.train_config.get("steps")) and r.result]
+    return sum(r.result.value is not None and r.result.value <= commonest for r in trained)
 
 
 def _shared_fields(names: Iterable[str], key: tuple[Any, ...]) -> dict[str, Any]:
@@ -175,7 +264,10 @@ def _summarize(runs: pd.DataFrame) -> pd.DataFrame:
             "memory_mib": group["memory_mib"].median(), "latency_ms": group["latency_ms"].median(),
             "records": group["record"].tolist(),
         })  # fmt: skip
-    return pd.DataFrame(rows).sort_values("score", ascending=False, na_position="last", ignore_index=True)
+    upwards = _higher_is_better(runs["record"].tolist())
+    return pd.DataFrame(rows).sort_values(
+        "score", ascending=not upwards, na_position="last", ignore_index=True
+    )
 
 
 def averages(records: list[Record], members: Iterable[str]) -> list[dict[str, Any]]:

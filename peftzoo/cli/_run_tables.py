@@ -10,7 +10,12 @@ from peftzoo.cli import output
 
 
 def score_or_reason(record: Any) -> str:
-    """Metric and score of a run, or the reason why it has none."""
+    """Metric and score of a run, or the reason why it has none; of a search's trial its held-out loss."""
+    if (record.held_out or {}).get("loss") is not None:
+        config, losses = record.train_config, record.held_out
+        began = output.format_number(losses.get("start_loss"))
+        loss = f"held-out loss {output.format_number(losses['loss'])} (began at {began})"
+        return f"{loss}, lr {config['lr']:g}, {config['steps']} steps"
     if record.result is None:
         return record.reason or ""
     return f"{record.result.metric} {output.format_number(record.result.value)}"
@@ -119,6 +124,19 @@ def differing_settings(records: list[Any]) -> list[str]:
     ]
 
 
+def changed_options(r: Any) -> str:
+    """The options that are not the method's defaults, as `r=4`; "" where the method is not installed."""
+    from peftzoo.contract import registry
+    from peftzoo.errors import UserError
+
+    try:
+        defaults = registry.get(r.method).Config().model_dump(mode="json")
+    except (UserError, ValueError):
+        return ""
+    changed = {k: v for k, v in r.method_config.items() if k in defaults and defaults[k] != v}
+    return ", ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in changed.items())
+
+
 def _settings(r: Any) -> dict[str, str]:
     """The options of the method and the training settings as text."""
 
@@ -182,7 +200,8 @@ def _print_means(task: str, records: list[Any], untrained: list[Any]) -> None:
             print(f"untrained model, on record: {same[0].result.metric} {mean}\n")
         return
     rows = [[*mean, same] for same in _by_id(scored) if (mean := _mean(same, ranks))]
-    rows.sort(key=lambda row: -row[0])
+    higher_is_better = scored[0].result.higher_is_better
+    rows.sort(key=lambda row: -row[0] if higher_is_better else row[0])
     settings = dict(zip([r.id for r in scored], differing_settings(scored), strict=True))
     cells = [
         [same[0].method, len(same), *map(output.format_number, (mean, half)), settings[same[0].id]]
@@ -196,6 +215,7 @@ def _print_means(task: str, records: list[Any], untrained: list[Any]) -> None:
     if not any(row[-1] for row in cells):
         columns, cells = columns[:-1], [row[:-1] for row in cells]
     title = f"{task}: {scored[0].result.metric}, mean over seeds"
+    title += "" if higher_is_better else ", lower is better"
     output.print_table(title, columns, cells, right=("seeds", "mean", "+-95 %"))
 
 

@@ -61,12 +61,19 @@ def bench(
     """Train and score each method on each task, write a record per run."""
     from peftzoo.contract.registry import methods
     from peftzoo.errors import UserError
-    from peftzoo.runs.packs import parse_pack_size
-    from peftzoo.runs.plan import Request, resolve
-    from peftzoo.runs.trackers import make_tracker
     from peftzoo.tasks import task_files
 
     output.load_plugins(plugin)
+    task_names = output.parse_names(task, task_files.tasks(), "task")
+    members = {name: tuple(task_files.expand([name])) for name in task_names}
+    method_names = output.parse_names(method, methods(), "method")
+    options = output.parse_set(set_, method_names)
+    _check_names(method_names)
+    output.make_folder(out)
+    from peftzoo.runs.packs import parse_pack_size  # heavy: a wrong name is told before
+    from peftzoo.runs.plan import Request, resolve
+    from peftzoo.runs.trackers import make_tracker
+
     if epochs is not None and steps is not None:
         raise UserError(f"--epochs {epochs:g} and --steps {steps} say the same: keep one of them")
     train = {
@@ -87,11 +94,7 @@ def bench(
         raise UserError("--score-together and --score-apart are for packs: add --pack N")
     if size != 1 and track != "none":
         raise UserError("--pack and --track: the curves of a pack are not sent; leave one of them out")
-    task_names = output.parse_names(task, task_files.tasks(), "task")
-    members = {name: tuple(task_files.expand([name])) for name in task_names}
     groups = {name: tasks for name, tasks in members.items() if tasks != (name,)}
-    method_names = output.parse_names(method, methods(), "method")
-    options = output.parse_set(set_, method_names)
     requests = [
         Request(method=m, task=t, seed=s, options=options[m], **common)
         for t in task_files.expand(task_names)
@@ -99,7 +102,6 @@ def bench(
         for s in _seeds(seeds)
     ]
     with redirect_stdout(sys.stderr):
-        output.make_folder(out)
         plans, notes = resolve(requests, skip="all" in (method, task) or bool(groups))
         for note in notes:
             output.note(note)
@@ -117,6 +119,15 @@ def bench(
         _run_tables.print_results(results, json, groups)
     if any(record.status != "ok" for record, _, _ in results):
         raise typer.Exit(1)
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise the `UserError` of a method that does not exist."""
+    from peftzoo.contract import registry
+
+    for name in names:
+        if name not in registry.methods() and ":" not in name:
+            registry.get(name)
 
 
 def _precision(text: str) -> str:
@@ -155,24 +166,21 @@ def _run_each(plans: list[Any], out: Path, force: bool, track: str) -> list[Any]
     from peftzoo.runs.trackers import make_tracker
 
     results = []
-    bar = output.progress_bar(
-        TextColumn("{task.fields[values]}", markup=False), TimeRemainingColumn(), TextColumn("left,")
-    )
+    bar = output.progress_bar(TextColumn("{task.fields[values]}", markup=False), TimeRemainingColumn())
     bar.disable = bar.disable or not _is_main_process()
     with bar:
         for plan in plans:
             request = plan.request
             title = f"{request.method} on {request.task}, seed {request.seed}"
             line = bar.add_task(f"{title}: loading", total=1, values="")
+            log = output.LogLines(title)
 
             def on_progress(stage: str, step: int, total: int, values: dict[str, float],
-                            line: Any = line, title: str = title) -> None:  # fmt: skip
+                            line: Any = line, title: str = title, log: Any = log) -> None:  # fmt: skip
+                if bar.disable and _is_main_process():
+                    log(stage, step, total, values)
+                text = f"loss {values['loss']:.3f}" if values else ""
                 activity = output.ACTIVITIES[stage]
-                if stage == "wait" and bar.disable:
-                    output.note(f"{title}: {activity}")
-                text = (
-                    f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tok/s" if values else ""
-                )
                 bar.update(line, description=f"{title}: {activity}", completed=step, total=total, values=text)
 
             record, path, new = run(plan, out, force=force, progress=on_progress, tracker=make_tracker(track))

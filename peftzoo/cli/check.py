@@ -26,8 +26,13 @@ def check(
 
     output.load_plugins(plugin)
     methods = output.parse_names(name, registry.methods(), "method")
-    with redirect_stdout(sys.stderr):
-        results_by_method = {m: conform.run(m) for m in methods}
+    results_by_method = {}
+    with redirect_stdout(sys.stderr), output.status_line("") as status:
+        for number, m in enumerate(methods, 1):
+            status(text := f"checking {m} ({number} of {len(methods)}): {len(conform.plan())} checks")
+            if not sys.stderr.isatty():
+                output.note(text)
+            results_by_method[m] = conform.run(m)
     failed = [(m, r) for m, results in results_by_method.items() for r in results if r.outcome == "failed"]
     if json:
         output.print_json([

@@ -21,10 +21,12 @@ from peftzoo.cli import (
     new_method,
     output,
     params,
+    power,
     profile,
     recommend,
     show,
     sweep,
+    tune,
     verify,
 )
 from peftzoo.errors import UserError
@@ -59,8 +61,8 @@ def _root(
         print(context.get_help())
 
 
-for module in (bench, sweep, generate, board, recommend, verify, list_, show, params, check, profile,
-               export, import_, models, new_method, doctor):  # fmt: skip
+for module in (bench, sweep, tune, generate, board, recommend, power, verify, list_, show, params, check,
+               profile, export, import_, models, new_method, doctor):  # fmt: skip
     module.add(app)
 
 
@@ -112,7 +114,9 @@ def main() -> None:
         _exit_with_error(f"{_usage_error(error)}; see `{_command_path(error)} --help`", 2)
     else:
         if code == 130:  # typer turns Ctrl-C into this code
-            _exit_with_error("interrupted; the same command goes on from here", 130)
+            _exit_with_error(
+                "interrupted; the same command goes on from the last checkpoint, if there is one yet", 130
+            )
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,10 +170,31 @@ def progress_bar(*columns: Any) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
+    bar = [BarColumn(bar_width=24)] if console.width >= WIDE_ENOUGH_FOR_BARS else []
     return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-        *columns, TimeElapsedColumn(), console=console, disable=_quiet or not console.is_terminal,
+        TextColumn("{task.description}", markup=False), *bar, MofNCompleteColumn(), *columns,
+        TimeElapsedColumn(), console=console, disable=_quiet or not console.is_terminal,
     )  # fmt: skip
+
+
+class LogLines:
+    """The progress of one run in a log file: a line per stage, and one every `LOG_SECONDS` seconds."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.stage, self.told = title, "", 0.0
+
+    def __call__(self, stage: str, step: int, total: int, values: dict[str, float]) -> None:
+        """Print a line if it is time for one; a `runner.Progress`."""
+        now = time.monotonic()
+        if stage == self.stage and now - self.told < LOG_SECONDS:
+            return
+        self.stage, self.told = stage, now
+        loss = f", loss {values['loss']:.3f}" if "loss" in values else ""
+        note(f"{self.title}: {ACTIVITIES[stage]}" + (f", {step} of {total}" if total > 1 else "") + loss)
+
+
+WIDE_ENOUGH_FOR_BARS, LOG_SECONDS = 110, 30
+"""Columns of a terminal from which there is room for a bar; seconds between lines of a log file."""
 
 
 @contextmanager
@@ -244,10 +266,12 @@ def make_folder(path: Path, option: str = "--out") -> None:
     """Make the folder that an option names. Raises `UserError` if it cannot be made or written to."""
     from peftzoo.errors import UserError
 
+    if path.exists() and not path.is_dir():
+        raise UserError(f'{option} "{path}" is a file: name a folder')
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'{option} "{path}": {error.strerror}') from None
+        raise UserError(f'{option} "{path}" cannot be made ({error.strerror}): name another folder') from None
     if not os.access(path, os.W_OK):
         raise UserError(f'{option} "{path}": it may not be written to; name another folder')
 

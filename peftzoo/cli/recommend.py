@@ -60,12 +60,13 @@ def recommend(
     columns = ("rank", "method", "score", "+-95 %", "seeds", "trained", "memory MiB", "step ms", "options")
     for facts, table in advice.tables:
         rows = [
-            [r["rank"], r["method"], output.format_number(r["score"]),
+            [interval, r["method"], output.format_number(r["score"]),
              output.format_number(_none_if_nan(r["ci95"])), r["seeds"],
              output.format_count(None if _none_if_nan(r["trained"]) is None else int(r["trained"])),
              output.format_number(_none_if_nan(r["memory_mib"]), 0),
              output.format_number(_none_if_nan(r["step_ms"]), 1), r["options"]]
-            for r in table.head(top).to_dict("records")
+            for interval, r in zip(
+                formats.rank_intervals(table.head(top)), table.head(top).to_dict("records"), strict=True)
         ]  # fmt: skip
         title = (
             f"{formats.title(facts)}: {facts['metric']}\n{formats.conditions(facts)}\n{formats.device(facts)}"

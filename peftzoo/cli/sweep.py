@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def sweep(
         plans, notes = resolve(requests, skip=spec.selects_by_group)
         for note in notes:
             output.note(note)
-        studies = _make_studies(spec, [p.request for p in plans])
+        studies = make_searches(spec.search, [p.request for p in plans], spec.seeds)
         plans = [] if studies else plans
         if dry_run:
             rows, notes = plan_rows(plans, studies, out)
@@ -56,29 +57,35 @@ def sweep(
         else:
             output.make_folder(out)
             size = packs.parse_pack_size("pack", spec.pack)
-            scheduler = _run_sweep(
+            scheduler = run_sweep(
                 [p.request for p in plans], studies, out, workers, (executor, address), plugin, size
             )
     if dry_run:
-        _print_plan(rows, json)
+        print_plan(rows, json)
     else:
         _print_results(scheduler, json)
 
 
-def _make_studies(spec: Any, requests: list[Any]) -> list[Any]:
-    """A study for each method, task and model; [] if the file has no search."""
-    if not spec.search:
+def make_searches(search: Any, requests: list[Any], seeds: list[int]) -> list[Any]:
+    """A search for each method, task and model (`searches.SearchRun`); [] without `search`."""
+    if not search:
         return []
+    from peftzoo.runs.plan import LookupCache
+    from peftzoo.sweeps.lr_grid import LrGrid
     from peftzoo.sweeps.study import Study
 
+    cache = LookupCache()
     first = {(r.method, r.task, r.model): r for r in reversed(requests)}
-    studies = [Study(spec.search, r, spec.seeds) for r in reversed(first.values())]
+    studies = [
+        LrGrid(search, r, seeds, cache) if search.lr_grid else Study(search, r, seeds)
+        for r in reversed(first.values())
+    ]
     for study in studies:
         study.check_space()
     return studies
 
 
-def _print_plan(plan: list[dict[str, Any]], json: bool) -> None:
+def print_plan(plan: list[dict[str, Any]], json: bool) -> None:
     """Print the rows of a dry run and their totals."""
     to_do = [r for r in plan if r["state"] != "done"]
     estimated = [r for r in to_do if r["seconds"] is not None]
@@ -87,6 +94,7 @@ def _print_plan(plan: list[dict[str, Any]], json: bool) -> None:
         "runs": sum(r["times"] for r in plan), "done": sum(r["times"] for r in plan if r["state"] == "done"),
         "to_do": sum(r["times"] for r in to_do), "estimated": sum(r["times"] for r in estimated),
         "seconds": sum(r["seconds"] * r["times"] for r in estimated), "memory": max(memory, default=None),
+        "steps": sum(r["steps"] * r["times"] for r in to_do),
     }  # fmt: skip
     if json:
         output.print_json({"plan": plan, "total": total})
@@ -107,6 +115,8 @@ def _print_plan(plan: list[dict[str, Any]], json: bool) -> None:
     output.print_table("Plan", columns, rows, right=right, optional=optional)
     missing = total["to_do"] - total["estimated"]
     summary = [f"{total['runs']} runs, {total['done']} done, {total['to_do']} to do"]
+    if any(r["kind"] == "trial" for r in plan):
+        summary.append(f"{total['steps']:,} steps")
     if estimated:
         summary.append(f"{_hours(total['seconds'])} one after the other for {total['estimated']} of them")
         summary.append(f"at most {_mib(total['memory'])} for one run")
@@ -129,17 +139,20 @@ def _mib(size: int | None) -> str:
     return "unknown" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
-def _run_sweep(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
+def run_sweep(requests: list[Any], studies: list[Any], out: Path, workers: int | None,
         where: tuple[str, str | None], plugins: list[str], pack: tuple[Any, Any]) -> Any:  # fmt: skip
     """Do the runs and searches; returns the scheduler with their records. `where`: (executor, address)."""
     from peftzoo.sweeps.scheduler import Scheduler
 
     out, files = out.resolve(), [str(Path(p).resolve()) for p in plugins]
-    total = len(requests) + sum(s.search.trials * bool(s.space) + len(s.seeds) for s in studies)
-    with SweepProgress(total) as progress:
+    for study in studies:
+        study.begin(out)
+    with SweepProgress(len(requests), studies) as progress:
         executor = _executor(where, workers, out, files, progress)
         scheduler = Scheduler(executor, out, progress.on_record, progress.note)
-        progress.note(f"{progress.total} runs, {executor.count} at once, {executor.threads} threads each")
+        text = f"{progress.total} runs, {executor.count} at once, {executor.threads} threads each"
+        known = sum(s.spent["trials"] for s in studies)
+        progress.note(text + (f"; {known} trials are on record" if known else ""))
         try:
             scheduler.run(requests, studies, pack)
         except KeyboardInterrupt:
@@ -164,12 +177,18 @@ def _executor(where: tuple[str, str | None], workers: int | None, out: Path, plu
 
 
 class SweepProgress:
-    """Prints the progress: a line per finished run; on a terminal also bars for the sweep and each worker."""
+    """Prints the progress: a line per finished run; on a terminal also bars for the sweep and each worker.
 
-    def __init__(self, total: int) -> None:
+    `requests`: the number of runs beside those of the searches `studies`.
+    """
+
+    def __init__(self, requests: int, studies: list[Any]) -> None:
         from rich.progress import TextColumn
 
-        self.total, self.done, self.lines = total, 0, {}
+        self.runs, self.studies = requests + sum(len(s.seeds) for s in studies), studies
+        self.done, self.trials, self.lines = 0, 0, {}
+        self.started, self.new_steps = time.monotonic(), 0
+        total = self.total
         self.bar = output.progress_bar(TextColumn("{task.fields[values]}", markup=False))
         self.sweep_bar = self.bar.add_task("sweep", total=total, values="")
 
@@ -179,6 +198,20 @@ class SweepProgress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.__exit__(*error)
+
+    @property
+    def total(self) -> int:
+        """Runs and trials, done and still expected."""
+        return max(self.done, self.runs + self.trials + sum(s.left()[0] for s in self.studies))
+
+    def time_left(self) -> str:
+        """What is left of the searches, by the time per step so far; "" where that is not known."""
+        runs_left = self.runs + self.trials - self.done
+        steps = sum(s.left()[1] for s in self.studies)
+        steps += runs_left * max((s.steps for s in self.studies), default=0)
+        if not self.studies or not self.new_steps or not steps:
+            return ""
+        return f"about {_hours((time.monotonic() - self.started) / self.new_steps * steps)} left"
 
     def on_progress(
         self, worker: int, job: Any, stage: str, step: int, total: int, values: dict[str, float]
@@ -199,12 +232,16 @@ class SweepProgress:
     def on_record(self, record: Any, new: bool, trial: bool) -> None:
         """Print the line of a finished run."""
         self.done += 1
-        self.total = max(self.total, self.done)
-        self.bar.update(self.sweep_bar, completed=self.done, total=self.total)
+        self.trials += trial
+        self.new_steps += (record.train_config.get("steps") or 0) * new
+        left = self.time_left()
+        self.bar.update(self.sweep_bar, completed=self.done, total=self.total, values=left)
         title = f"{record.method} on {record.task}, {record.model}, seed {record.seed}"
+        title += f", {changed}" if (changed := _run_tables.changed_options(record)) else ""
         title += ", a trial" if trial else ""
         status = record.status if new else "on record"
-        self.note(f"[{self.done}/{self.total}] {title}: {status}, {_run_tables.score_or_reason(record)}")
+        text = f"{title}: {status}, {_run_tables.score_or_reason(record)}" + (f"; {left}" if left else "")
+        self.note(f"[{self.done}/{self.total}] {text}")
 
     def note(self, text: str) -> None:
         """Print a message above the bars."""
@@ -216,7 +253,10 @@ class SweepProgress:
 
 def _print_results(scheduler: Any, json: bool) -> None:
     """Print the records of the sweep; exit with code 1 if a run failed."""
-    _run_tables.print_results(scheduler.records, json, {})
+    results = sorted(
+        scheduler.records, key=lambda r: (r[0].task, r[0].model, r[0].method, r[0].id, r[0].seed)
+    )
+    _run_tables.print_results(results, json, {})
     for text in scheduler.lost_runs:
         output.note(f"lost: {text}")
     if scheduler.lost_runs or any(record.status != "ok" for record, _, _ in scheduler.records):

@@ -30,12 +30,12 @@ class Skip(Exception):
     """Raised by a check that does not apply; the message is the reason."""
 
 
-def build(arch: str) -> nn.Module:
+def build(arch: str, layers: int = 2) -> nn.Module:
     """A tiny model with transformers' own initial weights. Works under `torch.device("meta")` too."""
     import transformers as hf
 
     shared = {"vocab_size": 50, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    size = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 48}
     if arch == "bert":
         no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         return hf.BertForSequenceClassification(hf.BertConfig(**shared, **size, **no_dropout))
@@ -43,7 +43,7 @@ def build(arch: str) -> nn.Module:
         return hf.LlamaForCausalLM(
             hf.LlamaConfig(**shared, **size, num_key_value_heads=2, tie_word_embeddings=True)
         )
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64}
+    size = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_inner": 48, "n_positions": 64}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return hf.GPT2ForSequenceClassification(hf.GPT2Config(**shared, **size, **no_dropout))
 

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from peftzoo.adapters import Attached, saving
-from peftzoo.conform.cases import ARCHS, Case, Skip, assert_bare, assert_close, assert_unchanged, snapshot
+from peftzoo.conform.cases import (
+    ARCHS,
+    Case,
+    Skip,
+    assert_bare,
+    assert_close,
+    assert_unchanged,
+    build,
+    randomize_weights,
+    snapshot,
+)
 from peftzoo.conform.rules import check
 from peftzoo.contract import LINEAR, Part
 from peftzoo.errors import UserError
@@ -178,8 +188,8 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 @check(archs=("llama",), slow=True)
 def check_compile(case: Case) -> None:
-    """torch.compile takes the whole model in one graph and computes the same."""
-    handle = _trained_or_attached(case)
+    """torch.compile takes the whole model (of one layer) in one graph and computes the same."""
+    handle = _trained_or_attached(case, model=randomize_weights(build(case.arch, layers=1)))
     logits = case.logits(handle.model)
     torch._dynamo.reset()
     out = torch.compile(handle.model, fullgraph=True, backend="eager")(**case.batches[0])

@@ -201,14 +201,19 @@ def loss_curve(losses: list[float], points: int = 50) -> list[float] | None:
     return [round(statistics.fmean(losses[a:b]), 6) for a, b in pairwise(bounds)] or None
 
 
+LATENCY_TOKENS, LATENCY_ROUNDS = 24, 3
+"""New tokens of a measured generation, and how often it is measured."""
+
+
 @torch.no_grad()
 def generation_latency(
-    model: nn.Module, ids: Tensor, new_tokens: int = 24, rounds: int = 3
+    model: nn.Module, ids: Tensor, new_tokens: int | None = None, rounds: int | None = None
 ) -> dict[str, float]:
     """Milliseconds to the first token and per further token: greedy, after a warm-up.
 
-    `ids` (1, T) is the prompt; the times are medians over `rounds`.
+    `ids` (1, T) is the prompt; the times are medians over `rounds` (default `LATENCY_ROUNDS`).
     """
+    new_tokens, rounds = new_tokens or LATENCY_TOKENS, rounds or LATENCY_ROUNDS
     mask = torch.ones_like(ids)
 
     def seconds(n: int) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 Array = np.ndarray
 
@@ -37,6 +38,11 @@ def matthews_terms(answers: Array, references: Array) -> Array:
     return correlation_terms(*((v[:, None] == classes).astype(float) for v in (answers, references)))
 
 
+def _ranks(values: Array) -> Array:
+    """(n, 1): ranks of the values (n,), ties shared. They are taken once, over all rows."""
+    return stats.rankdata(values)[:, None]
+
+
 def _correlation(means: Array) -> Array:
     """(B,) correlations for means (B, 2k + 3) of `correlation_terms`; NaN where one side is constant."""
     k = (means.shape[1] - 3) // 2
@@ -55,6 +61,7 @@ METRICS: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array], Arra
     "f1": (f1_terms, _f1),
     "mcc": (matthews_terms, _correlation),
     "pearson": (lambda a, r: correlation_terms(a[:, None], r[:, None]), _correlation),
+    "spearman": (lambda a, r: correlation_terms(_ranks(a), _ranks(r)), _correlation),
 }
 """Metric name -> (terms (n, m) from answers and references (n,), metrics (B,) from mean terms (B, m))."""
 
@@ -67,10 +74,19 @@ class Sample:
     terms: Array
     metric: Callable[[Array], Array] = METRICS["acc"][1]
 
-    @property
-    def binary(self) -> bool:
-        """Whether each row is right (1) or wrong (0), and the metric is the share of right rows."""
-        return self.metric is METRICS["acc"][1] and bool(np.isin(self.terms, (0, 1)).all())
+    def values(self) -> Array:
+        """(n,): what each row contributes; the mean is the metric.
+
+        The row's own value where the metric is a mean over rows, else its jackknife pseudo-value n theta -
+        (n - 1) theta_without_the_row (Quenouille 1956), shifted so that the mean is the metric. NaN where the
+        metric is undefined without a row.
+        """
+        if self.metric is METRICS["acc"][1]:
+            return self.terms[:, 0]
+        n, mean = len(self.rows), self.terms.mean(0)
+        without = (n * mean - self.terms) / max(n - 1, 1)
+        pseudo = n * self.value() - (n - 1) * self.metric(without)
+        return pseudo - pseudo.mean() + self.value()
 
     def value(self) -> float:
         """The metric over all rows."""

@@ -46,15 +46,31 @@ def read(record: Record) -> list[dict[str, Any]]:
     return entries
 
 
-def sample(record: Record) -> Sample | None:
+TOLERANCE = 1e-4
+"""Between a score and the score of its outcomes."""
+
+
+def sample(record: Record, check_score: bool = True) -> Sample | None:
     """The terms per row behind the record's score, for paired tests; None where the side file lacks them.
 
     For a task group's mean score, rows are weighted so that their plain mean is the mean over tasks. Raises
-    `UserError` as `read` does.
+    `UserError` as `read` does, and, unless not `check_score`, where they do not give the record's score.
     """
     entries = read(record)
     if not entries or record.result is None:
         return None
+    found = _sample(record, entries)
+    score = record.result.value if check_score else None
+    if found is not None and score is not None and not abs(found.value() - score) <= TOLERANCE:
+        raise UserError(
+            f"{record.file}: its outcomes give {found.value():.4f}, its score is {score:.4f}: "
+            "make the run again"
+        )
+    return found
+
+
+def _sample(record: Record, entries: list[dict[str, Any]]) -> Sample | None:
+    """The terms per row, whether or not they give the score."""
     by_task = _by_task(entries) if record.result.metric == "mean" else {None: entries}
     samples = []
     for task, task_entries in by_task.items():
@@ -69,6 +85,40 @@ def sample(record: Record) -> Sample | None:
     n = sum(len(s.rows) for _, s in samples)
     weighted = [s.terms * n / (len(samples) * len(s.rows)) for _, s in samples]
     return Sample(tuple((t, r) for t, s in samples for r in s.rows), np.concatenate(weighted))
+
+
+def commonest_answer(record: Record) -> float | None:
+    """The score of always giving the commonest reference; None where the outcomes do not hold references.
+
+    They hold them for heads, and imply them for a choice between two answers. Raises `UserError` as `read`.
+    """
+    entries = read(record)
+    if not entries or record.result is None or any("task" in o for o in entries):
+        return None
+    name = record.result.metric.partition(",")[0]
+    references = _numbers(entries, "reference")
+    if references is None:
+        references = _references_of_choices(entries)
+    if references is None or name not in METRICS:
+        return None
+    if name not in ("acc", "f1"):
+        return 0.0  # a constant answer has no correlation
+    terms, metric = METRICS[name]
+    constant = [terms(np.full(len(references), label), references).mean(0, keepdims=True)
+                for label in np.unique(references)]  # fmt: skip
+    return float(np.nanmax([metric(means)[0] for means in constant]))
+
+
+def _references_of_choices(entries: list[dict[str, Any]]) -> np.ndarray | None:
+    """(n,): which of two answers is right, from the scores of both and whether the chosen one is right."""
+    answers = [o.get("answer") for o in entries]
+    right = _numbers(entries, "acc")
+    pairs = all(isinstance(a, list) and len(a) == 2 and all(isinstance(v, (int, float)) for v in a)
+                for a in answers)  # fmt: skip
+    if not pairs or right is None or not np.isin(right, (0, 1)).all():
+        return None
+    chosen = np.array(answers, float).argmax(1)
+    return np.where(right == 1, chosen, 1 - chosen)
 
 
 def _by_task(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -19,6 +19,7 @@ class Score(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     metric: str
+    higher_is_better: bool = Field(True, description="as the task file has it; false for a loss or an error")
     value: float | None
     stderr: float | None = None
     rows: Count
@@ -50,6 +51,9 @@ class Record(BaseModel):
     average: Literal["mean", "median"] = Field("mean", description="over seeds, as the protocol has it")
     view: Literal["generate", "choice", "head"]
     task_version: float
+    task_digest: str | None = Field(
+        None, description="hash of what the task file and those it includes say; null in older records"
+    )
     method_config: dict[str, Any]
     train_config: dict[str, Any]
     model_source: dict[str, Any]
@@ -75,6 +79,9 @@ class Record(BaseModel):
     )
     retention: dict[str, Any] | None = Field(
         None, description="loss in nats per token on text not trained on, of the base model and after"
+    )
+    held_out: dict[str, Any] | None = Field(
+        None, description="of a search's trial: loss on held-out training rows before and after training"
     )
     final_loss: float | None = None
     micro_batch: Count | None = None
@@ -123,7 +130,7 @@ def mean(scores_by_task: dict[str, Score]) -> Score:
     """The unweighted mean of several tasks' scores; its value is None if one of theirs is.
 
     `others` holds every metric as `task/metric`, rows and seconds are sums, and the standard error assumes
-    independent tasks.
+    independent tasks. It is lower that is better only if it is for all tasks (a plan has no other groups).
     """
     n, scores = len(scores_by_task), [*scores_by_task.values()]
     others = {f"{name}/{s.metric}": s.value for name, s in scores_by_task.items()}
@@ -133,7 +140,8 @@ def mean(scores_by_task: dict[str, Score]) -> Score:
     parsed = [s for s in scores if s.unparsed is not None]
     rows = sum(s.rows for s in parsed)
     return Score(
-        metric="mean", value=sum(s.value for s in scores) / n if known else None,
+        metric="mean", higher_is_better=any(s.higher_is_better for s in scores),
+        value=sum(s.value for s in scores) / n if known else None,
         stderr=sum(e * e for e in errors) ** 0.5 / n if None not in errors else None,
         rows=sum(s.rows for s in scores), others=others, seconds=round(sum(s.seconds for s in scores), 3),
         unparsed=sum(s.unparsed * s.rows for s in parsed) / rows if rows else None,

@@ -21,6 +21,8 @@ class Estimate:
     basis: str = "unknown: no like run on record"
 
 
+FORWARD_SHARE = 1 / 3
+"""Of a training step's time, about what its forward pass takes."""
 SAME_FIELDS = ("task", "model", "view", "prune")
 SAME_SETTINGS = ("batch_size", "max_length", "precision", "micro_batch")
 
@@ -78,6 +80,10 @@ def _seconds(past: Record, planned: Record) -> float:
     """Seconds of the planned run at the pace per step and per scored row of the past one."""
     steps, rows = number(past.train_config.get("steps")), number(past.data.get("scored_rows"))
     training = past.train_seconds / steps * (planned.train_config.get("steps") or 0) if steps else 0.0
+    if planned.held_out is not None:  # a trial scores nothing: two forward passes over the held-out rows
+        batch = number(planned.train_config.get("batch_size")) or 1
+        per_step = past.train_seconds / steps if steps else 0.0
+        return training + per_step * FORWARD_SHARE * 2 * planned.data["scored_rows"] / batch
     scoring = sum(s.seconds for s in (past.score, past.merged_score) if s)
     return training + (scoring / rows * planned.data["scored_rows"] if rows else 0.0)
 

@@ -14,7 +14,7 @@ import torch
 
 from peftzoo.errors import UserError
 from peftzoo.models import Loaded
-from peftzoo.records import store
+from peftzoo.records import trials
 from peftzoo.records.schema import Record
 from peftzoo.runs import _pack_scoring
 from peftzoo.runs._pack_loop import PackLoop
@@ -24,12 +24,15 @@ from peftzoo.runs.run import (
     Busy,
     RunResult,
     describe_failure,
+    is_on_record,
     load_model,
     make_accelerator,
     new_record,
+    read_record,
     remove_checkpoints,
     run,
     run_lock,
+    write_record,
 )
 from peftzoo.runs.runner import Progress, Runner
 from peftzoo.scoring.evaluation import Scores
@@ -75,8 +78,7 @@ def run_packs(requests: Sequence[Request | Plan], out: Path, *, size: int | None
     on_progress("load", 0, 1, {})
     accelerator = accelerator or make_accelerator()
     results: dict[int, RunResult] = {}
-    targets = [store.path(out, new_record(plan)) for plan in plans]
-    if force or not all(target.is_file() for target in targets):
+    if force or not all(is_on_record(out, new_record(plan)) for plan in plans):
         shared_scoring = accelerator.device.type != "cpu" if score_together is None else score_together
         loaded = load_model(plans[0])
         packer = Packer(
@@ -135,16 +137,16 @@ class Packer:
     def _add_run(self, index: int, plan: Plan) -> None:
         """Put the run into the pack, or its record into `results`; neither if it has to be done alone."""
         record = new_record(plan)
-        if plan.selection or plan.pruning or plan.request.hold_out or plan.cls.edits_base:
+        own_rows = plan.request.hold_out and not plan.request.loss_only
+        if plan.selection or plan.pruning or own_rows or plan.cls.edits_base:
             return  # it changes the model, or is scored on rows of its own
         if (plan.train_config.micro_batch or plan.train_config.batch_size) < plan.train_config.batch_size:
             return  # a pack does not split a run's batch into micro-batches
         lock = ExitStack()
         try:
             lock.enter_context(run_lock(self.out, record, lock_timeout=0))
-            target = store.path(self.out, record)
-            if target.is_file() and not self.force:
-                self.results[index] = store.read(target), target, False
+            if is_on_record(self.out, record) and not self.force:
+                self.results[index] = *read_record(self.out, record), False
             elif (member := self._prepare_member(index, plan, record, lock)) and self._add_member(member):
                 lock = ExitStack()  # the member holds the lock now
         except Busy:
@@ -209,8 +211,7 @@ class Packer:
             for member in members:
                 record = member.runner.record
                 record.status, record.reason = describe_failure(error)
-                store.supersede(self.out, record)
-                store.write(self.out, record, [])
+                write_record(self.out, record, [])
             raise
         except Exception as error:
             reason = describe_failure(error)[1]
@@ -229,6 +230,8 @@ class Packer:
         Empty if scoring in shared batches fails; the runs are then scored one by one.
         """
         trained, first = [i for i in range(len(members)) if i not in pack.failures], members[0].runner.plan
+        if first.request.loss_only:
+            return {}
         results: dict[int, dict[str, Scores]] = {i: {} for i in trained}
         try:
             for eval_set in first.eval_sets if trained and self.shared_scoring else []:
@@ -256,17 +259,18 @@ class Packer:
             record.packed["step_ms"] = round(statistics.median(pack.step_seconds) * 1e3, 3)
         if position in pack.failures:
             record.status, record.reason = "failed", pack.failures[position]
+            if record.held_out is not None:
+                record.held_out["loss"] = None
         else:
             try:
                 with runner.attached.on():
                     outcomes = runner.finish(scores)
             except Exception as error:
                 record.status, record.reason = describe_failure(error)
-        store.supersede(self.out, record)
-        target = store.write(self.out, record, outcomes)
-        if record.status == "ok":
+        written, target = write_record(self.out, record, outcomes)
+        if record.status == "ok" or trials.finished(record):
             remove_checkpoints(self.out, record)
-        return store.read(target), target, True
+        return written, target, True
 
 
 def parse_pack_size(option: str, text: str) -> tuple[int | None, int | None]:

@@ -57,6 +57,8 @@ class Request:
     """Steps between checkpoints; an interrupted run loses at most as many."""
     hold_out: tuple[int, int] | None = None
     """(rows, seed): score on so many training rows of each task, drawn with the seed; train on the others."""
+    loss_only: bool = False
+    """A trial: measure the loss on the held-out rows before and after training; score and save nothing."""
     tuning: dict[str, Any] | None = None
     """The hyperparameter search that chose the options, for the record; its `budget` is part of the id."""
 
@@ -91,6 +93,7 @@ class Plan:
         _check_positive(request)
         self.pruning = Pruning.parse(request.prune) if request.prune else None
         self.view = self._view()
+        self.higher_is_better = self._direction()
         self.protocol, self.selection = self._protocol()
         self.data = self._data()
         self.settings = self.task_group.settings(self.source == "embedded")
@@ -114,6 +117,9 @@ class Plan:
             ("retention", r.retention, r.task, source, mirror),
             lambda: retention.load(r.retention, group, source, mirror),
         )
+        if r.loss_only:  # the trials of a search hold out the same rows
+            return self._cached(("trial", r.task, source, mirror, r.hold_out),
+                              lambda: _trial_rows(data, r.hold_out))  # fmt: skip
         return splits.split(data, hold_out=r.hold_out, selection=self.selection, seed=r.seed, limit=r.limit)
 
     @property
@@ -162,6 +168,18 @@ class Plan:
             self._check_metrics(task, view)
         return view
 
+    def _direction(self) -> bool:
+        """Whether a higher score is better. Raises `UserError` where the tasks of the group differ in it."""
+        directions = {t.higher_is_better: t for t in self.task_group.tasks}
+        if len(directions) > 1:
+            up, down = directions[True], directions[False]
+            raise UserError(
+                f'"{self.task_group.name}" cannot be trained together: higher is better for the '
+                f'{up.extra.metric} of "{up.name}", lower for the {down.extra.metric} of "{down.name}", so '
+                "their mean says nothing; run them one by one"
+            )
+        return next(iter(directions))
+
     def _check_metrics(self, task: Task, view: str) -> None:
         """Raise `UserError` for a metric that does not exist, or is somebody's code that is not trusted."""
         library_metrics.check_trusted(task, self.request.trust_task_code)
@@ -177,9 +195,8 @@ class Plan:
         if name in (None, about.protocol):
             return about.protocol, None
         if name not in about.protocols:
-            raise unknown(
-                f'protocol of task "{self.task_group.name}"', name, [about.protocol, *about.protocols]
-            )
+            see = f"peftzoo show {self.task_group.name}"
+            raise unknown("protocol", name, [about.protocol, *about.protocols], see=see)
         return name, about.protocols[name]
 
     def _train_config(self) -> TrainConfig:
@@ -233,6 +250,9 @@ class Plan:
         """The id of this configuration: a hash of everything that decides the result, except the seed."""
         optional = {"prune": self.request.prune, "retention": self.request.retention}
         optional["tuning"] = (self.request.tuning or {}).get("budget")
+        optional["task_digest"] = task_files.digest_for_id(self.request.task, self.task_group)
+        if retained := self.retention_set:
+            optional["retention_digest"] = task_files.digest_for_id(self.request.retention, retained.task)
         extra = {k: v for k, v in optional.items() if v}
         return store.identity(extra | {
             "measure": counters.MEASURE_VERSION, "method": self.request.method,
@@ -306,6 +326,13 @@ def _plan(request: Request, cache: LookupCache) -> Plan:
     except Exception as error:  # a plugin's code
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f'method "{request.method}" breaks when it is planned ({reason})') from error
+
+
+def _trial_rows(data: run_data.RunData, hold_out: tuple[int, int]) -> run_data.RunData:
+    """The rows of a trial of which only the loss is measured, which its id says."""
+    data = splits.split(data, hold_out=hold_out)
+    data.info = data.info | {"held_out": data.info["held_out"] | {"measured": "loss"}}
+    return data
 
 
 def as_plan(request: Request | Plan) -> Plan:

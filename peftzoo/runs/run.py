@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from peftzoo import models
 from peftzoo.errors import UserError
 from peftzoo.measuring import counters
-from peftzoo.records import store
+from peftzoo.records import store, trials
 from peftzoo.records.schema import Record
 from peftzoo.runs.plan import Plan, Request, as_plan
 from peftzoo.runs.runner import Progress, Runner
@@ -42,11 +42,10 @@ def run(request: Request | Plan, out: Path, *, force: bool = False, progress: Pr
     waiting = partial(on_progress, "wait", 0, 1, {})
     with run_lock(out, record, lock_timeout, waiting) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()  # the main process holds the lock before the others look
-        target = store.path(out, record)
-        on_record = target.is_file() and not force
+        on_record = is_on_record(out, record) and not force
         accelerator.wait_for_everyone()  # no process writes before all have looked
         if on_record:
-            return store.read(target), target, False
+            return *read_record(out, record), False
         on_progress("load", 0, 1, {})
         return _execute_and_record(
             Runner(plan, load_model(plan), record, out, on_progress, tracker, accelerator), force
@@ -72,11 +71,11 @@ def _execute_and_record(runner: Runner, force: bool) -> RunResult:
         runner.close()
         del runner
         gc.collect()  # model and parts refer to each other: without this their memory adds up in a sweep
-    target = _write(out, record, outcomes, accelerator)
-    if record.status == "ok" and accelerator.is_main_process:
+    written, target = _write(out, record, outcomes, accelerator)
+    if (record.status == "ok" or trials.finished(record)) and accelerator.is_main_process:
         remove_checkpoints(out, record)
     accelerator.wait_for_everyone()
-    return (store.read(target) if accelerator.is_main_process else record), target, True
+    return written, target, True
 
 
 class Busy(Exception):
@@ -104,7 +103,7 @@ def run_lock(
         except Timeout:
             raise Busy(record.name) from None
     try:
-        if store.path(out, record).is_file():
+        if is_on_record(out, record):
             remove_checkpoints(out, record)
         pattern = f".{lock_file.stem}.*.tmp"
         leftovers = [*store.path(out, record).parent.glob(pattern), *(out / "checkpoints").glob(pattern)]
@@ -124,20 +123,41 @@ def remove_checkpoints(out: Path, record: Record) -> None:
 def record_failure(request: Request, out: Path, reason: str) -> tuple[Record, Path]:
     """Record as failed a run whose process could not do so itself, unless its record has been written."""
     record = new_record(Plan(request))
-    if (file := store.path(out, record)).is_file():
+    if is_on_record(out, record):
         with suppress(UserError):
-            return store.read(file), file
+            return read_record(out, record)
     record.status, record.reason = "failed", reason
+    return write_record(out, record, [])
+
+
+def is_on_record(out: Path, record: Record) -> bool:
+    """Whether the run, or the trial of a search, is on record in `out` as finished."""
+    return trials.find(out, record) is not None or store.path(out, record).is_file()
+
+
+def read_record(out: Path, record: Record) -> tuple[Record, Path]:
+    """What is on record of this run or trial, and the file. Raises `UserError` for a damaged record."""
+    if found := trials.find(out, record):
+        return found, trials.path(out, record)
+    return store.read(store.path(out, record)), store.path(out, record)
+
+
+def write_record(out: Path, record: Record, outcomes: list[dict[str, Any]]) -> tuple[Record, Path]:
+    """Write the record and return it with its file; of a trial, the line if it is finished, else nothing."""
+    if record.held_out is not None:
+        return record, trials.add(out, record)
     store.supersede(out, record)
-    return record, store.write(out, record)
+    target = store.write(out, record, outcomes)
+    return store.read(target), target
 
 
-def _write(out: Path, record: Record, outcomes: list[dict[str, Any]], accelerator: Any) -> Path:
-    """Write the record on the main process; returns its file on every process."""
+def _write(
+    out: Path, record: Record, outcomes: list[dict[str, Any]], accelerator: Any
+) -> tuple[Record, Path]:
+    """Write the record on the main process; returns it and its file on every process."""
     if not accelerator.is_main_process:
-        return store.path(out, record)
-    store.supersede(out, record)
-    return store.write(out, record, outcomes)
+        return record, store.path(out, record)
+    return write_record(out, record, outcomes)
 
 
 def describe_failure(error: BaseException) -> tuple[str, str]:
@@ -174,11 +194,12 @@ def new_record(plan: Plan) -> Record:
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         method=r.method, task=task_group.name, model=model.name, seed=r.seed, suite=task_group.about.suite,
         protocol=plan.protocol, average=plan.selection.average if plan.selection else "mean",
-        view=plan.view, task_version=task_group.version,
+        view=plan.view, task_version=task_group.version, task_digest=task_group.digest,
         method_config=plan.adapter.config.model_dump(mode="json"),
         train_config=plan.train_config.model_dump(mode="json"),
         model_source=model.source, data=plan.data.info | {"scored_rows": plan.data.scored_rows},
         prune=r.prune, max_new_tokens=plan.max_new_tokens if plan.view == "generate" else None,
+        held_out={} if r.loss_only else None,
         tuning=r.tuning, environment=counters.environment(), command=plan.command(),
     )  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,7 @@ from peftzoo.models import pruning
 from peftzoo.records.schema import Record, Score, mean
 from peftzoo.runs.plan import Plan
 from peftzoo.scoring import evaluation, library_metrics, retention
-from peftzoo.tasks import sources
+from peftzoo.tasks import row_numbers, sources
 from peftzoo.tasks.run_data import EvalSet
 from peftzoo.tasks.schema import Task
 from peftzoo.training import batches, selection
@@ -66,6 +68,8 @@ class Runner:
             self.record_training(loop.run())
         except NonFinite:
             self.record_training(loop.stats)
+            if self.record.held_out is not None:
+                self.record.held_out["loss"] = None
             raise
         return self.finish()
 
@@ -88,6 +92,8 @@ class Runner:
             batches=lambda: self.sample_batches(examples),
         )  # fmt: skip
         self.record_counts(attached)
+        with nullcontext() if install else attached.on():
+            self.measure_held_out("start_loss")
         if self.tracker:
             facts = {"method", "task", "model", "seed", "method_config", "train_config"}
             self.tracker.start(self.record.name, self.record.model_dump(mode="json", include=facts))
@@ -102,7 +108,10 @@ class Runner:
             else []
         )
         self.best = selection.BestCheckpoint(
-            self.best_file, attached, lambda: self.selection_score(accelerator.device)
+            self.best_file,
+            attached,
+            lambda: self.selection_score(accelerator.device),
+            higher_is_better=plan.higher_is_better,
         )
         return (GradientFreeLoop if plan.cls.searches else Loop)(
             attached, examples, plan.train_config, pad=tokenizer.pad_token_id, accelerator=accelerator,
@@ -116,6 +125,9 @@ class Runner:
         `pack_scores`: by task, the unmerged scores on all rows, if the run was scored in a pack.
         """
         outcomes, record, best = [], self.record, self.best
+        if record.held_out is not None:
+            self.measure_held_out("loss")
+            return []
         if self.accelerator.is_main_process:
             if best.scores:
                 best.restore()
@@ -256,6 +268,28 @@ class Runner:
         facts = {"task": eval_set.name, "rows": len(rows), "tokens": tokens, key: round(loss, 6)}
         self.record.retention = (self.record.retention or {}) | facts
 
+    @cached_property
+    def held_out_examples(self) -> list[batches.Example]:
+        """The examples of a trial's held-out rows."""
+        return [
+            example
+            for e in self.plan.eval_sets
+            for example in map(self.example_maker(e.task, e.rows.test, e.rows.fewshot), e.rows.test)
+        ]
+
+    def measure_held_out(self, key: str) -> None:
+        """In a trial, fill in `held_out[key]`: the loss of the model in its present state on held-out rows.
+
+        It is the mean per target token or, with a head, per row; None where it is not finite.
+        """
+        if self.record.held_out is None:
+            return
+        examples, model = self.held_out_examples, self.loaded.model.eval()
+        self.attached.adapter.eval()
+        with self.autocast():
+            loss, _ = retention.loss(model, examples, self.loaded.tokenizer.pad_token_id)
+        self.record.held_out |= {"rows": len(examples), key: round(loss, 6) if math.isfinite(loss) else None}
+
     def autocast(self) -> Any:
         """The context manager of the run's precision."""
         device = next(self.loaded.model.parameters()).device
@@ -344,6 +378,7 @@ class Runner:
             return evaluation.score_head(
                 loaded.model, examples, metric_names, extra.head.kind, self.scale, pad, batch_size,
                 library=[n for n in library_metrics.names(eval_set.task) if n in metric_names],
+                row_ids=row_numbers.of(rows),
             )  # fmt: skip
 
     def to_score(self, task_scores: dict[str, evaluation.Scores]) -> Score:
@@ -352,7 +387,8 @@ class Runner:
         for eval_set in self.plan.eval_sets:
             s, metric = task_scores[eval_set.name], eval_set.task.extra.metric
             by_task[eval_set.name] = Score(
-                metric=metric, value=s.metrics[metric], stderr=s.stderr.get(metric), rows=s.rows,
+                metric=metric, higher_is_better=eval_set.task.higher_is_better,
+                value=s.metrics[metric], stderr=s.stderr.get(metric), rows=s.rows,
                 unparsed=s.unparsed, others={k: v for k, v in s.metrics.items() if k != metric},
                 seconds=round(s.seconds, 3),
             )  # fmt: skip

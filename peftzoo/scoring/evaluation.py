@@ -55,8 +55,7 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name:
     `name` replaces the task's name, which each request carries as `task_name`: it tells apart the requests of
     several models that are scored together. Raises `UserError` for a metric that cannot be had.
     """
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
+    from peftzoo.scoring._harness_task import HarnessTask
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     _sandbox_templates()
@@ -65,11 +64,8 @@ def harness_task(task: Task, rows: Any, max_new_tokens: int | None = None, name:
     if task.output_type == "generate_until":
         kwargs = {"do_sample": False} | (config.get("generation_kwargs") or {})
         config["generation_kwargs"] = kwargs | ({"max_gen_toks": max_new_tokens} if max_new_tokens else {})
-    dataset = datasets.DatasetDict({task.eval_split: rows.test})
     config.pop("training_split", None)  # neither prompts nor scores need the training rows
-    if rows.fewshot is not None:
-        dataset[task.fewshot_split] = rows.fewshot
-    return ConfigurableTask(config=config | {"custom_dataset": lambda **_: dataset})
+    return HarnessTask(config, task.eval_split, rows.test, rows.fewshot)
 
 
 def _sandbox_templates() -> None:
@@ -164,12 +160,13 @@ def _metric_name(name: str) -> str:
 
 
 def _outcome(sample: dict[str, Any], lm_task: Any) -> dict[str, Any]:
-    """One row's outcome: row number, filter, the answer, and the row's metrics."""
+    """One row's outcome: its number in the source, filter, the answer, and the row's metrics."""
     row_metrics = {k: sample[k] for k in sample.get("metrics", []) if isinstance(sample.get(k), (int, float))}
     answer = sample["filtered_resps"]
     if lm_task.OUTPUT_TYPE == "multiple_choice":
         answer = [round(float(r[0]), 4) if math.isfinite(r[0]) else None for r in answer]
-    return {"row": sample["doc_id"], "filter": sample["filter"], "answer": answer, **row_metrics}
+    row = lm_task.row_ids[sample["doc_id"]]
+    return {"row": row, "filter": sample["filter"], "answer": answer, **row_metrics}
 
 
 @torch.no_grad()
@@ -182,11 +179,13 @@ def score_head(
     pad: int,
     batch_size: int,
     library: Sequence[str] = (),
+    row_ids: Sequence[int] | None = None,
 ) -> Scores:
     """Scores of a trained head on all examples, whose `target` is the reference.
 
     `kind`: classification or regression; `pad`: the padding token's id; `batch_size`: rows per forward pass;
-    `library`: which of the metrics are those of the library `evaluate` (they get no standard error).
+    `library`: which of the metrics are those of the library `evaluate` (they get no standard error);
+    `row_ids`: the examples' numbers for the outcomes, by default their places.
     """
     begin = time.perf_counter()
     device = next(model.parameters()).device
@@ -212,6 +211,6 @@ def score_head(
         time.perf_counter() - begin,
         [
             {"row": i, "answer": p, "reference": r}
-            for i, (p, r) in enumerate(zip(predictions, references, strict=True))
+            for i, p, r in zip(row_ids or range(len(examples)), predictions, references, strict=True)
         ],
     )

@@ -11,13 +11,13 @@ from peftzoo.records import store
 from peftzoo.runs.estimates import Estimates
 from peftzoo.runs.plan import Plan, as_plan
 from peftzoo.runs.run import new_record
-from peftzoo.sweeps.study import Study
+from peftzoo.sweeps.searches import SearchRun
 
 
 def plan_rows(
-    plans: Sequence[Plan], studies: Sequence[Study], out: Path
+    plans: Sequence[Plan], studies: Sequence[SearchRun], out: Path
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row per run; of a search, one for its trials and one for the runs after it. Also notes on files in
+    """One row per run; of a search, one for like trials and one for the runs after it. Also notes on files in
     `out` that are no records.
 
     `seconds` and `memory` (bytes) are those of one run, None where no like run is on record.
@@ -45,11 +45,6 @@ def plan_rows(
 
     rows += [row(plan, "run", 1) for plan in plans]
     for study in studies:
-        done, left = study.replay(out / "tuning")
-        rows += [row(study.default_trial(), "trial", done, on_record=True)] if done else []
-        if left:
-            rows.append(row(study.default_trial(), "trial", left))
-            rows.append(row(study.request, "after the search", len(study.seeds)))
-        else:
-            rows += [row(request, "run", 1) for request in study.final_requests()]
+        for kind, request, times, on_record in study.outline(out):
+            rows.append(row(request, kind, times, on_record))
     return rows, notes

@@ -19,7 +19,7 @@ from peftzoo.contract import registry
 from peftzoo.errors import UserError
 from peftzoo.records import store
 from peftzoo.runs.plan import Plan
-from peftzoo.runs.run import new_record
+from peftzoo.runs.run import is_on_record, new_record
 from peftzoo.sweeps.executor import Job, JobResult, execute
 from peftzoo.sweeps.process_executor import available_cores
 
@@ -103,7 +103,7 @@ class RayExecutor:
 def _all_on_record(job: Job) -> bool:
     """Whether every run of the job has a record."""
     try:
-        return all(store.path(job.out, new_record(Plan(r))).is_file() for r in job.requests)
+        return all(is_on_record(job.out, new_record(Plan(r))) for r in job.requests)
     except UserError:  # the worker that does the job reports it
         return False
 
@@ -123,6 +123,8 @@ def _execute_remotely(job: Job, plugins: list[str], threads: int, marker: Path) 
     out = Path(tempfile.gettempdir()) / f"peftzoo-{name}"
     result = execute(replace(job, out=out))
     for record in (r for r, _ in [(result.record, result.new), *result.companion_results] if r is not None):
+        if record.held_out is not None:
+            continue  # the driver writes a trial's line
         target = store.path(out, record)
         files = [target, *target.parent.glob(f"{target.stem}.examples*")]
         files += (out / "adapters" / target.stem).glob("adapter.*")

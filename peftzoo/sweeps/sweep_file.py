@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from peftzoo.contract import registry
 from peftzoo.errors import UserError, nearest, unknown
@@ -63,15 +71,38 @@ class Search(_Strict):
 
     `rows` of each task are held out. With `seconds`, no trial starts once the trials have trained for so
     long. Without `space`, the learning rate is searched from a tenth of the method's default to ten times it.
+    `by: loss` compares the loss on the held-out rows, and scores nothing. `lr_grid` in place of `trials` is
+    the search of `lr_grid.LrGrid`, by loss. By loss `rows` and `seed` are 1000 unless given, and never more
+    than half of the rows are held out.
     """
 
-    trials: int = Field(ge=1, le=10_000)
+    trials: int | None = Field(None, ge=1, le=10_000)
+    lr_grid: int | None = Field(None, ge=2, le=25)
+    by: Literal["score", "loss"] = "score"
     steps: int | None = Field(None, ge=1)
     seconds: float | None = Field(None, gt=0)
     sampler: Literal["random", "tpe"] = "tpe"
     space: dict[str, Range | Annotated[list[Any], Field(min_length=1)]] = {}
     rows: int = Field(200, ge=2)
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_by_loss(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or (raw.get("lr_grid") is None and raw.get("by") != "loss"):
+            return raw
+        return {"by": "loss", "rows": 1000, "seed": 1000} | raw
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Search:
+        if (self.trials is None) == (self.lr_grid is None):
+            raise ValueError("give either trials or lr_grid")
+        others = {"sampler", "space", "seconds"} & self.model_fields_set
+        if self.lr_grid and others:
+            raise ValueError(f"{min(others)} is for trials: leave it out beside lr_grid")
+        if self.lr_grid and self.by == "score":
+            raise ValueError("an lr_grid is searched by loss: leave out by")
+        return self
 
 
 class Sweep(_Strict):

@@ -2,7 +2,8 @@
 
 `task_files` finds and reads task files, `schema` says what one may hold, `sources` reads rows (from the Hub,
 a folder of JSONL files called a mirror, or the generators that ship with peftzoo), `splits` cuts them,
-`overlap` compares texts, `run_data` gathers the rows of one run.
+`row_numbers` keeps which rows of the source they are, `overlap` compares texts, `run_data` gathers the rows
+of one run.
 """
 
-__all__ = ["overlap", "run_data", "schema", "sources", "splits", "task_files"]
+__all__ = ["overlap", "row_numbers", "run_data", "schema", "sources", "splits", "task_files"]

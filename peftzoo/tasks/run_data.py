@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftzoo.errors import UserError
-from peftzoo.tasks import overlap, sources
+from peftzoo.tasks import overlap, row_numbers, sources
 from peftzoo.tasks.schema import Task, TaskGroup
 from peftzoo.tasks.sources import NoRows, Rows
 
@@ -153,9 +153,10 @@ def overlaps(eval_sets: list[EvalSet], train_sets: list[TrainSet]) -> dict[str, 
             overlap.texts(eval_set.task, eval_set.rows.test), [*train_texts, *fewshot_texts]
         )
         if shared and eval_set.task.extra.overlap == "refuse":
+            first = row_numbers.of(eval_set.rows.test)[shared[0]]
             raise UserError(
                 f'task "{eval_set.name}": the text of {len(shared)} of {len(eval_set.rows.test)} scored rows '
-                f"(first: row {shared[0]}) is among the training rows: mend the data, or allow for it in the "
+                f"(first: row {first}) is among the training rows: mend the data, or allow for it in the "
                 "task file (metadata.peftzoo.overlap: record)"
             )
         if shared:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -164,7 +166,20 @@ def _mapping_with(*keys: str) -> Any:
     return Annotated[dict[str, Any], AfterValidator(check)]
 
 
-MetricEntry, FilterEntry = _mapping_with("metric"), _mapping_with("name", "filter")
+def _has_a_direction(entry: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(entry.get("higher_is_better", True), bool):
+        raise ValueError("higher_is_better is true or false")
+    return entry
+
+
+MetricEntry = Annotated[_mapping_with("metric"), AfterValidator(_has_a_direction)]
+FilterEntry = _mapping_with("name", "filter")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """16 hexadecimal digits of a hash that ignores the order of keys."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Task(BaseModel):
@@ -224,6 +239,27 @@ class Task(BaseModel):
             )
         return "head"
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the main metric is better: as `metric_list` has it, else as lm-eval has it."""
+        name = self.extra.metric.partition(",")[0]
+        named = [e for e in self.metric_list if e["metric"] == name]
+        library = [e for e in self.metric_list if e.get("hf_evaluate") is True]  # may return other names
+        entry = next(iter([*named, *library]), {})
+        if "higher_is_better" in entry:
+            return entry["higher_is_better"]
+        if not entry or entry.get("hf_evaluate") is True:
+            return True
+        import lm_eval.api.metrics  # noqa: F401 (fills the registry)
+        from lm_eval.api.registry import higher_is_better_registry
+
+        return higher_is_better_registry.get(name) is not False
+
+    @property
+    def digest(self) -> str:
+        """A hash of what the file and those it includes say, not of comments, layout and order of keys."""
+        return _digest(self.model_dump(mode="json", exclude_unset=True))
+
     def metrics(self) -> list[str]:
         """Names under which lm-eval reports: `acc`, or `exact_match,strict` where there are filters."""
         filters = [f",{f['name']}" for f in self.filter_list or ()] or [""]
@@ -256,6 +292,14 @@ class TaskGroup:
     version: float
     about: CommonMetadata
     tasks: tuple[Task, ...]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that its task file or files say (`Task.digest`)."""
+        if len(self.tasks) == 1 and self.about == self.tasks[0].extra:
+            return self.tasks[0].digest
+        about = self.about.model_dump(mode="json", exclude_unset=True)
+        return _digest({"metadata": about, "tasks": [t.digest for t in self.tasks]})
 
     @property
     def instruction(self) -> str:

@@ -14,14 +14,16 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from peftzoo.errors import UserError, unknown
-from peftzoo.tasks import overlap, task_files
+from peftzoo.tasks import overlap, row_numbers, task_files
 
 SOURCES = ("embedded", "mirror", "hub")
 EMBEDDED_SEED = 0
@@ -34,7 +36,7 @@ class NoRows(UserError):
 
 @dataclass
 class Rows:
-    """A task's training rows, scored rows and few-shot examples (`datasets.Dataset` each).
+    """A task's training rows, scored rows and few-shot rows, each a `datasets.Dataset` with `row_numbers`.
 
     `train` and `fewshot` are None where there are none. `info` is what the record says about the rows;
     `prompts` are the keys of the task that an alternative train set replaces.
@@ -105,6 +107,7 @@ def load(task: task_files.Task, source: str, mirror: Path | None = None, trains:
     alternative = alternative_train_set(task, task.extra.train, source, mirror)
     own = task.training_split
     optional = (own,) if own and (alternative or not trains) and own != task.eval_split else ()
+    chosen: dict[str, list[int]] = {}
     if source == "embedded":
         rows_of_split, info = _generate_embedded(task)
     else:
@@ -114,8 +117,12 @@ def load(task: task_files.Task, source: str, mirror: Path | None = None, trains:
         query = _Query(task.name, path, name, splits, optional, task.extra.stand_in, task.dataset_kwargs)
         rows_of_split, info = _READERS[source](query, mirror)
         if cut:
-            rows_of_split, info["cut"] = _cut(task, cut, rows_of_split[cut.of])
-    dataset_of = {s: _dataset(rows_of_split[s], info["id"]) for s in task.splits if s in rows_of_split}
+            whole = rows_of_split[cut.of]
+            chosen, info["cut"] = _cut(task, cut, whole)
+            rows_of_split = {s: [whole[i] for i in numbers] for s, numbers in chosen.items()}
+    dataset_of = {
+        s: _dataset(rows_of_split[s], info["id"], chosen.get(s)) for s in task.splits if s in rows_of_split
+    }
     fewshot = dataset_of[task.fewshot_split] if task.num_fewshot else None
     rows = Rows(dataset_of.get(own), dataset_of[task.eval_split], info, fewshot)
     if alternative:
@@ -158,12 +165,15 @@ def alternative_train_set(
     return None
 
 
-def _dataset(rows: list[dict[str, Any]], name: str) -> Any:
-    """The rows as a `datasets.Dataset`. Raises `UserError` where a column holds several types."""
+def _dataset(rows: list[dict[str, Any]], name: str, numbers: list[int] | None = None) -> Any:
+    """The rows as a `datasets.Dataset`, with their numbers: those given, else their places.
+
+    Raises `UserError` where a column holds several types.
+    """
     import datasets
 
     try:
-        return datasets.Dataset.from_list(rows)
+        return datasets.Dataset.from_list(row_numbers.numbered(rows, numbers or range(len(rows))))
     except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are among them
         why = " ".join(str(error).split())[:160]
         raise UserError(f"{name}: its rows differ in their columns' types ({why})") from None
@@ -178,15 +188,22 @@ def _generate_embedded(task: task_files.Task) -> SplitRows:
     spec = task.extra.embedded
     if spec is None:
         raise NoRows(f'task "{task.name}" has no embedded generator: use --data FOLDER or --source hub')
-    counts = {task.test_split: spec.test, task.validation_split: spec.validation}
-    counts |= {task.fewshot_split: spec.fewshot, task.training_split: spec.train}
+    counts = {task.fewshot_split: spec.fewshot}  # which may be one of the others
+    counts |= {task.test_split: spec.test, task.validation_split: spec.validation}
+    counts |= {task.training_split: spec.train}
     generate = task_files.generator(task)
     try:
-        rows = {s: generate(s, counts[s], EMBEDDED_SEED) for s in task.splits}
+        rows = {s: _generated(generate, s, counts[s]) for s in task.splits}
     except ValueError as error:
         raise UserError(f'task "{task.name}": its generator {spec.rows} makes {error}') from None
     info = {"source": "embedded", "id": spec.rows.split(":")[0], "revision": f"v{task.version:g}"}
     return rows, info | {"files": {s: {"sha256": _digest(r), "rows": len(r)} for s, r in rows.items()}}
+
+
+@lru_cache(maxsize=12)
+def _generated(generate: Callable[..., list[dict[str, Any]]], split: str, count: int) -> list[dict[str, Any]]:
+    """The rows of one split; the runs of a process share them."""
+    return generate(split, count, EMBEDDED_SEED)
 
 
 def _digest(rows: list[dict[str, Any]]) -> str:
@@ -194,27 +211,30 @@ def _digest(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def _cut(task: task_files.Task, cut: task_files.Cut, rows: list[dict[str, Any]]) -> SplitRows:
-    """The splits that a cut makes. Rows of equal text stay in one, so no scored row is in another split.
+def _cut(
+    task: task_files.Task, cut: task_files.Cut, rows: list[dict[str, Any]]
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """The numbers of the rows of each split that a cut makes, and what the record says of them.
 
-    Raises `UserError` where there are too few rows.
+    Rows of equal text stay in one split, so no scored row is in another. Raises `UserError` where there are
+    too few rows.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row, text in zip(rows, overlap.texts(task, _dataset(rows, task.name)), strict=True):
-        groups.setdefault(text, []).append(row)
+    groups: dict[str, list[int]] = {}
+    for number, text in enumerate(overlap.texts(task, _dataset(rows, task.name))):
+        groups.setdefault(text, []).append(number)
     texts = list(groups)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(cut.seed)).tolist()
     if (needed := sum(cut.parts.values())) >= len(texts):
         raise UserError(
             f'split "{cut.of}" has {len(texts)} distinct rows; the task cuts off {needed} of them'
         )
-    rows_of_split: dict[str, list[dict[str, Any]]] = {}
+    chosen: dict[str, list[int]] = {}
     for name, count in cut.parts.items():
-        rows_of_split[name] = [groups[texts[i]][0] for i in order[:count]]
+        chosen[name] = [groups[texts[i]][0] for i in order[:count]]
         order = order[count:]
-    rows_of_split[cut.rest] = [row for i in order for row in groups[texts[i]]]
-    splits = {name: {"sha256": _digest(r), "rows": len(r)} for name, r in rows_of_split.items()}
-    return rows_of_split, {"of": cut.of, "seed": cut.seed, "splits": splits}
+    chosen[cut.rest] = [number for i in order for number in groups[texts[i]]]
+    splits = {s: {"sha256": _digest([rows[i] for i in ns]), "rows": len(ns)} for s, ns in chosen.items()}
+    return chosen, {"of": cut.of, "seed": cut.seed, "splits": splits}
 
 
 def _read_mirror(query: _Query, mirror: Path | None) -> SplitRows:

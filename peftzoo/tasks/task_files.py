@@ -5,6 +5,7 @@ A file may include others, and a group file names tasks that are run together.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -184,6 +185,32 @@ def _field_names(loc: tuple[Any, ...], model: type) -> list[str]:
               "protocols": Protocol, "train": TrainSource}  # fmt: skip
     parent = next((str(name) for name in reversed(loc[:-1]) if str(name) in models), "")
     return list(models.get(parent, model).model_fields)
+
+
+DIGESTS = Path(__file__).resolve().parent.parent / "assets" / "task_digests.json"
+"""Version and digest of every built-in task and group, made by tools/make_task_digests.py."""
+
+
+@lru_cache
+def _digests() -> dict[str, Any]:
+    return json.loads(DIGESTS.read_text(encoding="utf-8"))
+
+
+def is_built_in(name: str, digest: str) -> bool:
+    """Whether the task of this name and digest is one that ships with us, as it ships."""
+    return _digests().get(name, {}).get("digest") == digest
+
+
+def digest_for_id(reference: str, task: Task | TaskGroup) -> str | None:
+    """The task's digest where a run's id has to tell it; None for a built-in task as it ships.
+
+    `reference` is what the user named. A built-in file that is changed on purpose gets another version, which
+    the id has already: so runs from before there were digests keep their ids. The digest of a user's file
+    always counts, even if it equals a built-in one's: else its ids would change when the built-in file does.
+    """
+    if not is_file(reference) and is_built_in(task.name, task.digest):
+        return None
+    return task.digest
 
 
 def generator(task: Task):

@@ -26,13 +26,14 @@ class BestCheckpoint:
     """Keeps the best checkpoint in the file `path`, so that an interrupted run goes on with it.
 
     Called with each step of `eval_steps`. `score()` gives the score of the adapter as it is, None where it is
-    not defined; `scores` maps steps to scores.
+    not defined; `scores` maps steps to scores. The best is the highest, or lowest, of them.
     """
 
     path: Path
     attached: Attached
     score: Callable[[], float | None]
     scores: dict[int, float | None] = field(default_factory=dict)
+    higher_is_better: bool = True
 
     def __post_init__(self) -> None:
         if saved := checkpoints.read(self.path):
@@ -54,7 +55,10 @@ class BestCheckpoint:
     def chosen(self) -> int | None:
         """The step of the best checkpoint; None before the first evaluation."""
         defined = {step: score for step, score in self.scores.items() if score is not None}
-        return max(defined, key=lambda step: (defined[step], -step), default=next(iter(self.scores), None))
+        sign = 1 if self.higher_is_better else -1
+        return max(
+            defined, key=lambda step: (sign * defined[step], -step), default=next(iter(self.scores), None)
+        )
 
     def restore(self) -> None:
         """Copy the best checkpoint into the adapter."""

@@ -82,7 +82,8 @@ def test_the_command(run_cli, tmp_path) -> None:
     assert code == 0 and "lora" in out and "Missing: " in out and "+-95 %" in out and err == ""
     code, out, _ = run_cli(f"{line} --json")
     (table,) = one_document(out)["tables"]
-    assert table["table"][0]["method"] == "lora" and table["table"][0]["rank"] == 1
+    assert table["table"][0]["method"] == "lora" and table["table"][0]["rank"] is None
+    assert table["table"][0]["why"]
     code, out, _ = run_cli(f"{line} --max-trainable 3")
     assert code == 0 and "No measured row is within this budget" in out and "Beyond the budget: 1" in out
     for extra, message in (("--max-trainable x", '"x"'), ("--results ./nowhere", "no such folder")):

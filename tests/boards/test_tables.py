@@ -54,8 +54,11 @@ def test_a_table_by_hand() -> None:
     assert table["unmerged"].iloc[0] == 0.9 and np.isnan(table["unmerged"].iloc[1])
     assert table["memory_mib"].iloc[1] == 3.0
     text = formats.markdown([(facts, table)])
-    assert "|  | lora | 0.600 | 0.248 |  | 3 |  |  |  | 1,234 | 11.0 | 3 | 0.001 | r=8 |" in text
-    assert "|  | none | 0.100 |  |  | 1 |  |  |  | 0 |  |  |" in text
+    assert (
+        "|  | lora | 0.600 | 0.248 |  | 3 |  |  | 1,234 | 11.0 | 3 | 0.001 | r=8 | no outcomes per row |"
+        in text
+    )
+    assert "|  | none | 0.100 |  |  | 1 |  |  | 0 |  |  |" in text
 
 
 def test_a_protocol_may_ask_for_the_median() -> None:
@@ -109,6 +112,7 @@ DIFFERENT = {
             "trained_on": {"boolq": 12},
         }
     },
+    "an own task file": {"task_digest": "0" * 64},
     "protocol": {"protocol": "best-step"},
     "view": {"view": "head"},
     "answer length": {"max_new_tokens": 64},
@@ -202,22 +206,75 @@ def test_ranks_and_tests_by_hand(tmp_path) -> None:
     records += with_outcomes(tmp_path, "lora", 0.6) + with_outcomes(tmp_path, "few", 0.9, seeds=2)
     records += [make("bare", s, 0.3, options={"r": s}) for s in range(3)]
     ((facts, table),) = tables.tables(records)
-    rank = table.set_index("method")["rank"].to_dict()
-    assert (rank["dora"], rank["vera"], rank["lora"]) == (1, 1, 3)
-    assert rank["few"] is None and rank["bare"] is None
-    p = table.set_index("method")["p_base"].to_dict()
-    assert p["dora"] < 0.001 and p["lora"] is None and p["bare"] is None
-    p = table.set_index("method")["p_best"].to_dict()
-    assert p["few"] is None and p["lora"] < p["vera"] and p["bare"] is None
+    by_method = {m: group.iloc[0] for m, group in table.groupby("method")}
+    ranks_of = {m: (row["rank"], row["rank_high"], row["best"]) for m, row in by_method.items()}
+    assert ranks_of == {"dora": (1, 2, True), "vera": (1, 2, True), "lora": (3, 3, False),
+                        "few": (None, None, False), "bare": (None, None, False)}  # fmt: skip
+    assert by_method["few"]["why"] == "2 of 3 seeds" and by_method["bare"]["why"] == "no outcomes per row"
+    p = {m: row["p_base"] for m, row in by_method.items()}
+    assert p["dora"] < 0.001 and p["lora"] is None and p["bare"] is None and p["few"] is None
     text = formats.markdown([(facts, table)])
-    assert "| 3 | lora | 0." in text and "| <0.001 |" in text and "| 0.030 |" in text
+    assert "| 3 | lora | 0." in text and "| 1-2* | dora |" in text and "| <0.001 |" in text
+    assert "**May be the best (2): " in text and "half-splits" in text
+
+
+def verdict(records: list) -> tables.Verdict:
+    ((_, table),) = tables.tables(records)
+    return table.attrs["verdict"]
+
+
+def test_who_is_crowned(tmp_path) -> None:
+    good, bad = with_outcomes(tmp_path, "dora", 0.9), with_outcomes(tmp_path, "lora", 0.5)
+    assert verdict(good + bad).crowned == "dora" and verdict(good + bad).sentence.startswith(
+        "The best: dora."
+    )
+    alone = verdict(good)
+    assert alone.crowned is None and alone.sentence.startswith("One entrant")
+    twin = verdict(good + with_outcomes(tmp_path, "adalora", 0.9))
+    assert twin.crowned is None and not twin.can_rank and "cannot rank" in twin.sentence
+    assert "it takes 3 seeds" in verdict(good[:1] + bad[:1]).sentence
+
+
+def head(folder, method: str, right: float, label: float = 0.8) -> list:
+    """Records of a classification head on rows of which a share `label` has the label 1."""
+    made = []
+    for seed in range(3):
+        rng = np.random.default_rng([seed, len(method)])
+        references = (np.arange(200) < 200 * label).astype(float)
+        answers = np.where(rng.random(200) < right, references, 1 - references)
+        score = {"metric": "acc", "value": float((answers == references).mean()), "rows": 200}
+        made.append(make(method, seed, score=score, view="head"))
+        lines = [{"row": i, "answer": a, "reference": r}
+                 for i, (a, r) in enumerate(zip(answers, references, strict=True))]  # fmt: skip
+        store.write(folder, made[-1], lines)
+    return made
+
+
+def test_nothing_below_the_commonest_answer_is_crowned(tmp_path) -> None:
+    found = verdict(head(tmp_path, "dora", 0.75) + head(tmp_path, "lora", 0.3))
+    assert found.commonest == 0.8 and found.can_rank and found.crowned is None
+    assert found.sentence.startswith("Nothing here is better than the commonest answer (0.800)")
+    records = head(tmp_path, "dora", 0.95) + head(tmp_path, "lora", 0.3)
+    assert verdict(records).crowned == "dora"
+    ((facts, table),) = tables.tables(records)
+    assert dict(zip(table["method"], table["broken"], strict=True)) == {"dora": 0, "lora": 3}
+    assert "| broken |" in formats.markdown([(facts, table)])
+
+
+def test_lower_scores_may_be_better(tmp_path) -> None:
+    records = with_outcomes(tmp_path, "dora", 0.9) + with_outcomes(tmp_path, "lora", 0.5)
+    for record in records:
+        record.score.higher_is_better = False
+    ((_, table),) = tables.tables(records)
+    assert table["method"].tolist() == ["lora", "dora"] and table["rank"].tolist() == [1, 2]
+    assert table.attrs["verdict"].crowned == "lora"
 
 
 def test_an_undefined_score_counts_for_no_seed(tmp_path) -> None:
     records = with_outcomes(tmp_path, "dora", 0.8) + with_outcomes(tmp_path, "lora", 0.6)
     records[0].score.value = None
     ((_, table),) = tables.tables(records)
-    assert table.set_index("method")["rank"].to_dict() == {"dora": None, "lora": 1}
+    assert table.set_index("method")["why"].to_dict()["dora"] == "2 of 3 seeds"
     assert table.set_index("method")["seeds"].to_dict() == {"dora": 2, "lora": 3}
 
 
@@ -227,19 +284,24 @@ def test_an_edited_side_file_is_reported_and_not_used(tmp_path) -> None:
     bad.write_bytes(bad.read_bytes() + b"x")
     warnings: list[str] = []
     ((_, table),) = tables.tables(records, warn=warnings.append)
-    assert len(warnings) == 1 and bad.name in warnings[0] and table["rank"].tolist() == [None, 1]
+    assert len(warnings) == 1 and bad.name in warnings[0]
+    assert "not those of its score" in table.set_index("method")["why"]["dora"]
 
 
 def test_the_csv_files(tmp_path) -> None:
-    records = with_outcomes(tmp_path, "lora", 0.6)
+    records = with_outcomes(tmp_path, "lora", 0.6) + with_outcomes(tmp_path, "dora", 0.2)
     records.append(make("=cmd()", task="-x", value=0.5, options={"a": "@b"}))
     csv_files = formats.files(tables.tables(records))
     assert len(csv_files) == 2 and all(re.fullmatch(r"[A-Za-z0-9._-]+\.csv", name) for name in csv_files)
     frames = pd.concat([pd.read_csv(io.StringIO(text)) for text in csv_files.values()])
-    assert frames["method"].tolist() in (["lora", "'=cmd()"], ["'=cmd()", "lora"])
+    assert sorted(frames["method"]) == ["'=cmd()", "dora", "lora"]
     lora = frames[frames["method"] == "lora"].iloc[0]
     assert lora["score"] == pytest.approx(np.mean([r.score.value for r in records[:3]]))
-    assert lora["rank"] == 1 and lora["device"] == "CPU one" and lora["steps"] == 100
+    assert (
+        (lora["rank"], lora["rank_high"], lora["best"]) == (1, 1, True)
+        and lora["device"] == "CPU one"
+        and lora["steps"] == 100
+    )
     assert "'-x" in frames["task"].tolist()
 
 
@@ -331,7 +393,9 @@ def test_the_committed_boards_are_those_of_the_committed_records(tmp_path) -> No
 
     results = Path(__file__).parents[2] / "results"
     result = CliRunner().invoke(app, ["board", str(results), "--out", str(tmp_path)])
-    assert result.exit_code == 0 and "skipped" not in result.output, result.output
+    skipped = [line for line in result.output.splitlines() if "skipped" in line]
+    assert result.exit_code == 0 and all("its outcomes give" in line for line in skipped), result.output
+    assert len(skipped) <= 20  # runs of the first week, whose rows have no rank until they are made again
     assert (tmp_path / "board.md").read_text() == (results / "board.md").read_text(), "peftzoo board results"
     new, committed = ({f.name: f for f in (p / "tables").iterdir()} for p in (tmp_path, results))
     assert new.keys() == committed.keys()

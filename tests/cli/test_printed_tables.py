@@ -15,6 +15,7 @@ from peftzoo.cli import _run_tables, commands, output
 from peftzoo.records import store
 from tests.boards.test_tables import make
 
+pytestmark = pytest.mark.usefixtures("checks_run_once")
 COLUMNS = ("method", "seeds", "trained", "options")
 ROWS = [
     ["lora", 3, "1,048,576", "r=8, targets=q,k,v,o,gate,up,down, alpha=16, dropout=0.0"],
@@ -185,6 +186,8 @@ def test_quiet_runs_show_no_progress(run_cli, tmp_path) -> None:
 
 def test_the_untrained_model_stands_beside_the_means(tmp_path, capsys) -> None:
     """Where a comparable run of it is on record."""
+
+    output.set_quiet(False)
 
     def shown(rows: int, seeds: int = 2) -> str:
         data = {"source": "embedded", "id": "sst2", "scored_rows": rows, "files": {"train": {"sha256": "b"}}}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -17,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from peftzoo import cli
-from peftzoo.cli import _run_tables, generate, output, profile
+from peftzoo.cli import _run_tables, generate, output, profile, tune
 from peftzoo.records import store
 from tests.boards.test_tables import make
 
+pytestmark = pytest.mark.usefixtures("checks_run_once")
 SCREENS = Path(__file__).resolve().parent.parent / "fixtures" / "screens"
 
 SWEEP = """
@@ -75,6 +77,17 @@ def print_generate() -> None:
                        right=generate.COLUMNS[3:], optional=generate.OPTIONAL)  # fmt: skip
 
 
+def print_tune() -> None:
+    facts = {"budget": {"points": 7}, "used": {"trials": 23}, "start_loss": 1.25, "loss": 0.4375}
+    records = [
+        make(method, s, value + s / 10, train={"lr": lr}, id=f"{i:012x}",
+             tuning=facts | {"default": {"lr": 0.003}, "chosen": {"lr": lr}, "breakdowns": broken})
+        for i, (method, lr, value, broken) in enumerate([("lora", 0.009487, 0.5, 0), ("dora", 0.003, 0.4, 2)])
+        for s in (0, 1, 2)
+    ]  # fmt: skip
+    tune.print_tuned(records, Path("runs"))
+
+
 def print_verify() -> None:
     file = sorted(Path("runs/records").rglob("*.json"))[0]
     command(f"verify {file} --no-run")()
@@ -106,16 +119,23 @@ def whole(text: str) -> str:
     return text
 
 
+def no_digests(text: str) -> str:
+    """Digests as so many `h`: they change with every field that a record gets."""
+    return re.sub(r"[0-9a-f]{20,}", lambda found: "h" * len(found[0]), text)
+
+
 SCREENS_OF: dict[str, tuple[Callable[[], None], Callable[[str], str]]] = {
     "bench": (print_runs, whole),
     "sweep": (command("sweep sweep.yaml --dry-run --out empty"), whole),
+    "tune": (print_tune, whole),
     "generate": (print_generate, whole),
     "profile": (print_profile, whole),
     "recommend": (
         command("recommend --model embedded --task-like sst2 --results runs"),
         cut("rank", "lora", "unilora", "none", "Not"),
     ),
-    "verify": (print_verify, whole),
+    "power": (command("power --seed-deviation 0.011 --rows 872 --difference 0.04"), whole),
+    "verify": (print_verify, no_digests),
     "list-methods": (command("list methods"), cut("lora", "ia3", "unilora")),
     "list-tasks": (command("list tasks"), cut("gsm8k", "sst2", "stsb")),
     "list-models": (command("list models"), cut("embedded", "llama-2-7b")),
@@ -146,6 +166,7 @@ def screen(name: str, folder: Path, columns: int | None) -> str:
     out, here, argv, saved = Terminal() if columns else io.StringIO(), Path.cwd(), sys.argv, dict(os.environ)
     os.environ |= {"COLUMNS": str(columns or 200), "TERM": "dumb", "NO_COLOR": "1"}
     os.chdir(folder)
+    output.set_quiet(False)
     try:
         with redirect_stdout(out), redirect_stderr(io.StringIO()):
             prints()

@@ -38,10 +38,13 @@ def bench(launch: list[str], out: Path, *more: str) -> tuple[list[dict], subproc
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path) -> None:
+def test_two_processes_give_what_one_gives(tmp_path, run_cli) -> None:
     """7 rows per step do not divide by 2, LoRA has no shared state, Uni-LoRA has; `none` trains nothing."""
     methods = ("--method", "lora,unilora,none")
-    single, _ = bench([], tmp_path / "one", *methods)
+    words = ["bench", *SETTINGS, "--out", str(tmp_path / "one"), *methods]
+    code, out, _ = run_cli(" ".join(words))  # in this process, which has one thread too
+    single = json.loads(out)
+    assert code == 0
     both, done = bench(LAUNCH, tmp_path / "two", *methods)
     assert [r["method"] for r in both] == ["lora", "unilora", "none"]
     for one, two in zip(single, both, strict=True):
@@ -55,5 +58,10 @@ def test_two_processes_give_what_one_gives(tmp_path) -> None:
     assert done.stderr.count("lora on sst2, seed 0: ok") == 2, (
         "progress of both processes is shown"
     )  # lora, unilora
-    again, done = bench(LAUNCH, tmp_path / "two", *methods)
-    assert again == both and "on record" in done.stderr
+
+
+@pytest.mark.long
+def test_two_processes_know_what_is_on_record(tmp_path) -> None:
+    first, _ = bench(LAUNCH, tmp_path, "--method", "lora,none")
+    again, done = bench(LAUNCH, tmp_path, "--method", "lora,none")
+    assert again == first and "on record" in done.stderr

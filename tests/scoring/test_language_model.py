@@ -221,7 +221,8 @@ def test_scores_are_lm_evals_own(loaded, theirs, name: str) -> None:
     results = lm_eval_evaluate(theirs, tasks, bootstrap_iters=0, log_samples=True)
     expected = {k.removesuffix(",none"): v for k, v in results["results"][name].items() if "stderr" not in k}
     assert ours.metrics == {k: pytest.approx(expected[k]) for k in ours.metrics} and ours.metrics
-    answers = {(s["doc_id"], s["filter"]): s["filtered_resps"] for s in results["samples"][name]}
+    samples = results["samples"][name]
+    answers = {(lm_task.row_ids[s["doc_id"]], s["filter"]): s["filtered_resps"] for s in samples}
     for o in ours.outcomes:
         answer = answers[o["row"], o["filter"]]
         if task.output_type == "multiple_choice":
