@@ -97,7 +97,10 @@ def files(tables: list[tuple[dict[str, Any], pd.DataFrame]]) -> dict[str, str]:
         shared = {k: table_fields.get(k) for k in SHARED}
         rows = table.drop(columns=["records", "metric"])
         full = pd.concat([pd.DataFrame([shared] * len(rows)), rows], axis=1)
-        name = f"{store.slug(title_words)}-{digest(shared)}.csv"
+        named = {
+            k: v for k, v in shared.items() if k != "task_digest" or v
+        }  # as it was before there were any
+        name = f"{store.slug(title_words)}-{digest(named)}.csv"
         csv_files[name] = full.map(_csv_cell).to_csv(index=False, lineterminator="\n")
     return csv_files
 

@@ -14,6 +14,7 @@ import pandas as pd
 from peftzoo.boards import ranks
 from peftzoo.errors import UserError
 from peftzoo.records import outcomes
+from peftzoo.records.metric_terms import Sample
 from peftzoo.records.schema import Record, Score, number
 from peftzoo.tasks import task_files
 
@@ -217,7 +218,17 @@ def _entry(records: list[Record], warn: Callable[[str], None]) -> ranks.Entry:
             warn(str(error))
             reason = "outcomes that are not those of its score"
     untrained = not number(records[0].train_config.get("steps")) and records[0].view != "head"
-    return ranks.Entry(by_seed, fixed=untrained and len(by_seed) == 1, reason=reason)
+    if untrained and by_seed and not reason and _all_alike(list(by_seed.values())):
+        return ranks.Entry(
+            dict([next(iter(by_seed.items()))]), fixed=True
+        )  # seeds that repeat one run say nothing
+    return ranks.Entry(by_seed, reason=reason)
+
+
+def _all_alike(samples: list[Sample]) -> bool:
+    """Whether all runs have the same outcomes."""
+    first = samples[0]
+    return all(s.rows == first.rows and (s.terms == first.terms).all() for s in samples)
 
 
 def _higher_is_better(records: list[Record]) -> bool:

@@ -235,6 +235,25 @@ def test_who_is_crowned(tmp_path) -> None:
     assert "it takes 3 seeds" in verdict(good[:1] + bad[:1]).sentence
 
 
+def test_an_untrained_model_has_no_seeds(tmp_path) -> None:
+    """Its runs are one run; counted as three seeds that agree they would make the others look alike."""
+    low = 0.5 + np.arange(3) * 0.1
+
+    def spread(method: str, more: float) -> list:
+        return [with_outcomes(tmp_path / f"{method}{s}", method, q + more)[s] for s, q in enumerate(low)]
+
+    lora, dora = spread("lora", 0.0), spread("dora", 0.25)
+    none = [with_outcomes(tmp_path / f"n{s}", "none", 0.1, train={"steps": 0})[0] for s in range(3)]
+    for s, record in enumerate(none):
+        record.seed = s
+    ((_, with_none),) = tables.tables(lora + dora + none)
+    ((_, without),) = tables.tables(lora + dora)
+    freedom = [t.attrs["comparison"].components.freedom for t in (with_none, without)]
+    deviation = [t.attrs["comparison"].components.seed_deviation for t in (with_none, without)]
+    assert freedom == [4, 4] and deviation[0] == pytest.approx(deviation[1])
+    assert with_none.set_index("method")["rank"].to_dict()["none"] == 3
+
+
 def head(folder, method: str, right: float, label: float = 0.8) -> list:
     """Records of a classification head on rows of which a share `label` has the label 1."""
     made = []
