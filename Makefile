@@ -10,8 +10,8 @@ bench: .venv/installed
 test: .venv/installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=20
 
-# What takes a minute or more: twenty kills of sweeps, workers of Ray that die, the default budget of LoRA,
-# a board of ten thousand records.
+# What takes long: twenty kills of sweeps and of searches, workers of Ray that die, Ctrl-C, two sweeps at once, two
+# processes, more of packs, the default budget of LoRA, a board of ten thousand records.
 test-long: .venv/installed-all
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long -n 2 --durations=20
 

@@ -26,6 +26,8 @@ def check(
 
     output.load_plugins(plugin)
     methods = output.parse_names(name, registry.methods(), "method")
+    for m in methods:
+        registry.get(m)  # a wrong name is told before the first check
     results_by_method = {}
     with redirect_stdout(sys.stderr), output.status_line("") as status:
         for number, m in enumerate(methods, 1):

@@ -353,6 +353,7 @@ def test_no_unseen_task_is_of_a_family_in_the_library() -> None:
     assert len(make.UNSEEN) >= 6 and not seen & {t.rsplit("_", 2)[0] for t in make.UNSEEN}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_tool_makes_library_runs_and_page_and_no_record_knows_a_folder(tmp_path) -> None:
     words = "--library bbh-boolean_expressions --unseen web_of_lies --seeds 1"

@@ -37,6 +37,7 @@ def bench(launch: list[str], out: Path, *more: str) -> tuple[list[dict], subproc
     return document, done
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path, run_cli) -> None:
     """7 rows per step do not divide by 2, LoRA has no shared state, Uni-LoRA has; `none` trains nothing."""

@@ -86,6 +86,7 @@ def test_a_group_of_both_directions_is_refused(tmp_path, monkeypatch) -> None:
     assert "\n" not in str(error.value) and str(error.value).endswith("run them one by one")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("protocol", ["best-epoch", "clean"])
 def test_the_checkpoint_with_the_lowest_loss_is_chosen(tmp_path, protocol: str) -> None:
     """Of the same runs, ranked by accuracy the highest one is."""
@@ -102,6 +103,7 @@ def test_the_checkpoint_with_the_lowest_loss_is_chosen(tmp_path, protocol: str) 
     assert [*chosen["acc"]] == [*chosen["brier_score"]]
 
 
+@pytest.mark.long
 def test_runs_of_a_pack_have_the_direction_too(tmp_path) -> None:
     task = task_file(tmp_path, [BRIER], "brier_score")
     requests = [Request("lora", task, seed=s, train={"steps": 1, "batch_size": 2}, limit=3) for s in (0, 1)]

@@ -349,6 +349,7 @@ def test_records_of_a_pack_are_those_of_single_runs(tmp_path) -> None:
     assert [new for _, _, new in run_packs(requests(), tmp_path / "pack")] == [False] * 4
 
 
+@pytest.mark.long
 def test_more_than_64_rows_are_scored_together_unmerged(tmp_path) -> None:
     short = {"task": "sst2", "limit": 66, "precision": "fp32", "train": {"steps": 2, "batch_size": 2}}
     wanted = [Request("lora", seed=s, **short) for s in (0, 1)]
@@ -370,6 +371,7 @@ def few(count: int = 4) -> list[Request]:
     return [Request("lora", seed=s, train={"steps": 5, "batch_size": 2}, **short) for s in range(count)]
 
 
+@pytest.mark.long
 def test_the_memory_decides_how_many(tmp_path, accelerator, monkeypatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(
@@ -383,6 +385,7 @@ def test_the_memory_decides_how_many(tmp_path, accelerator, monkeypatch) -> None
     assert 2**28 < packer.memory_budget < 2**50
 
 
+@pytest.mark.long
 def test_a_run_whose_memory_cannot_be_told_is_done_alone(tmp_path, monkeypatch) -> None:
     def full(loop: Loop) -> int:
         raise MemoryError("no room to try")
@@ -391,6 +394,7 @@ def test_a_run_whose_memory_cannot_be_told_is_done_alone(tmp_path, monkeypatch) 
     assert [(r.status, r.packed) for r, _, _ in run_packs(few(2), tmp_path)] == [("ok", None)] * 2
 
 
+@pytest.mark.long
 def test_runs_in_micro_batches_are_done_alone(tmp_path) -> None:
     small = [replace(r, train=r.train | {"micro_batch": 1}) for r in few(2)]
     done = run_packs([*small, *few(2)], tmp_path, size=4)
@@ -403,6 +407,7 @@ def test_what_is_on_record_needs_no_model(tmp_path, monkeypatch) -> None:
     assert [new for _, _, new in run_packs(few(2), tmp_path, size=2)] == [False, False]
 
 
+@pytest.mark.long
 def test_a_run_that_fits_nowhere_is_done_alone(tmp_path) -> None:
     for record, _, _ in run_packs(few(2), tmp_path, memory_budget=1):
         assert record.status == "ok" and record.packed is None
@@ -428,6 +433,7 @@ def test_an_interrupted_pack_goes_on(tmp_path) -> None:
     assert not [*(tmp_path / "cut/cancelled").rglob("*.json")]
 
 
+@pytest.mark.long
 def test_a_pack_that_breaks_down_is_done_one_by_one(tmp_path, monkeypatch) -> None:
     def failing_run(self: PackLoop) -> None:
         raise RuntimeError("out of everything")

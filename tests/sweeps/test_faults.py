@@ -92,7 +92,7 @@ def reached(out: Path) -> dict[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path, kills: int) -> None:
     rng = random.Random()
     process(tmp_path, [], 1).join()  # the server of processes is there from now on
@@ -137,6 +137,7 @@ def test_sweeps_and_workers_killed_at_any_moment_lose_nothing(tmp_path, kills: i
     assert resumed.final_loss == whole.final_loss and resumed.score.value == whole.score.value
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_sweeps_on_one_folder_share_the_work(tmp_path) -> None:
     wanted = requests(range(4))
@@ -148,6 +149,7 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path) -> None:
     assert len(new) == 2 and sorted(new[0] + new[1]) == [f"lora/sst2/embedded/s{s}" for s in range(4)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(tmp_path, run_cli) -> None:
     keys = {"methods": "lora", "tasks": "sst2", "seeds": [0, 1], "steps": 60, "limit": 4, "save_every": 5,

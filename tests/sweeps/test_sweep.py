@@ -311,6 +311,7 @@ def test_runs_that_fail_are_recorded_and_stop_no_other(tmp_path, broken) -> None
     assert [r.method for r in store.read_all(tmp_path)] == ["lora"]
 
 
+@pytest.mark.long
 def test_runs_of_one_task_are_done_in_packs(tmp_path, broken) -> None:
     """One of them breaks its pack down; then they are done one by one."""
     good = requests(methods="lora,ia3", seeds=[0, 1])
@@ -461,6 +462,7 @@ def test_too_many_rows_and_foreign_rows_cannot_be_held_out() -> None:
         splits.split(data, hold_out=(4, 0))
 
 
+@pytest.mark.long
 def test_a_search_ends_in_runs_with_its_best_values(tmp_path) -> None:
     base, sampler = requests()[0], random.choice(["random", "tpe"])
     scheduler, _ = run_sweep(tmp_path, studies=[Study(search(sampler=sampler), base, [5])])

@@ -266,6 +266,7 @@ def scheduled(out, base: Request, fake: Fake):
     return search, [r for r, _, _ in scheduler.records]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("half_written", [False, True], ids=["whole", "half"])
 def test_a_search_that_is_killed_anywhere_goes_on_without_training_again(
     tmp_path, half_written: bool

@@ -128,6 +128,7 @@ def test_a_row_has_one_number_and_one_answer_under_every_protocol(tmp_path, base
         assert outcome["answer"] == pytest.approx(found["all"][number]["answer"], abs=5e-3)
 
 
+@pytest.mark.long
 def test_runs_of_a_pack_have_the_same_numbers(tmp_path) -> None:
     task = small_task(tmp_path)
     requests = [Request("lora", task, seed=s, train={"steps": 1, "batch_size": 2}, limit=4) for s in (0, 1)]

@@ -224,9 +224,9 @@ def test_a_number_or_a_share_of_rows_chooses(choice, left: int) -> None:
 
 
 def test_an_unknown_protocol_is_refused() -> None:
-    with pytest.raises(UserError, match=r'unknown protocol of task "sst2" "best": did you mean "best-epoch"'):
+    with pytest.raises(UserError, match=r'unknown protocol "best": did you mean "best-epoch"'):
         Plan(Request("lora", "sst2", protocol="best"))
-    with pytest.raises(UserError, match='unknown protocol of task "gsm8k"'):
+    with pytest.raises(UserError, match=r'unknown protocol "clean".*peftzoo show gsm8k'):
         Plan(Request("lora", "gsm8k", protocol="clean"))
 
 
