@@ -298,6 +298,24 @@ def results_folder(named: Path | None, option: str = "results") -> Path:
     return found[0]
 
 
+def read_records(folder: Path) -> list[Any]:
+    """The readable records of the folder; other files are named in a note. Raises `UserError` without any."""
+    from peftzoo.errors import UserError
+    from peftzoo.records import store
+
+    records = []
+    for entry in store.read_all(folder):
+        if isinstance(entry, UserError):
+            note(f"skipped: {entry}")
+        else:
+            records.append(entry)
+    if not records:
+        raise UserError(
+            f'no records under "{folder}": make one with `peftzoo bench --method lora --task gsm8k`'
+        )
+    return records
+
+
 def load_plugins(files: list[str]) -> None:
     """Register the methods of these plugin files, which runs their code."""
     from peftzoo.contract import registry

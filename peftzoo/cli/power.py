@@ -47,15 +47,7 @@ def power(
         design = engine.of_deviations(seed_deviation, flips, rows or 1000, methods or 10, method_flips)
         designs: list[tuple[Any, engine.Design]] = [(None, design)]
     else:
-        from peftzoo.records import store
-
-        folder = output.results_folder(results, "--results")
-        records = []
-        for entry in store.read_all(folder):
-            if isinstance(entry, UserError):
-                output.note(f"skipped: {entry}")
-            else:
-                records.append(entry)
+        records = output.read_records(output.results_folder(results, "--results"))
         found = engine.of_records(records, task, model)
         designs = [
             (shared, replace(d, rows=rows or d.rows, methods=methods or d.methods)) for shared, d in found

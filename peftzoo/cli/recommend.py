@@ -31,25 +31,13 @@ def recommend(
     """
     from peftzoo.boards import formats
     from peftzoo.boards import recommend as engine
-    from peftzoo.errors import UserError
-    from peftzoo.records import store
     from peftzoo.units import amount
 
     limits = [
         None if text is None else amount(option, text)
         for option, text in (("--max-trainable", max_trainable), ("--max-train-memory", max_train_memory))
     ]
-    results = output.results_folder(results, "--results")
-    records = []
-    for entry in store.read_all(results):
-        if isinstance(entry, UserError):
-            output.note(f"skipped: {entry}")
-        else:
-            records.append(entry)
-    if not records:
-        raise UserError(
-            f'no records under "{results}": make one with `peftzoo bench --method lora --task gsm8k`'
-        )
+    records = output.read_records(output.results_folder(results, "--results"))
     advice = engine.recommend(records, model, task_like, *limits)
     if json:
         output.print_json({
