@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import shlex
 import sys
+import zlib
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -43,6 +45,14 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The file with the longest tests comes first, so that no worker waits for it at the end."""
     items.sort(key=lambda item: item.path.parent.name != "sweeps")
+
+
+@pytest.fixture(autouse=True)
+def own_numbers(request):
+    """A test draws the same random numbers in any order and on any worker; PEFTZOO_TEST_SEED gives others."""
+    seed = zlib.crc32(f"{request.node.nodeid}{os.environ.get('PEFTZOO_TEST_SEED', '')}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture(scope="session", autouse=True)

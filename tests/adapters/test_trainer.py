@@ -37,7 +37,7 @@ def arguments(folder, **more) -> TrainingArguments:
 
 
 def test_trainer_trains_as_a_plain_loop_does(tmp_path) -> None:
-    data, model = rows(4), tiny()
+    data, model = rows(4), tiny().double()  # Adam makes much of how two sums of tiny gradients are rounded
     other = copy.deepcopy(model)
     inside = peftzoo.attach(model, "lora", seed=3, r=2)
     Trainer(**peftzoo.for_trainer(inside, lr=1e-2), args=arguments(tmp_path), train_dataset=data).train()
@@ -51,7 +51,7 @@ def test_trainer_trains_as_a_plain_loop_does(tmp_path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     for (name, a), b in zip(inside.state_dict().items(), outside.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6, msg=name)
 
 
 def test_checkpoints_hold_the_adapter_alone_and_resume(tmp_path) -> None:
