@@ -59,6 +59,8 @@ class Request:
     """(rows, seed): score on so many training rows of each task, drawn with the seed; train on the others."""
     loss_only: bool = False
     """A trial: measure the loss on the held-out rows before and after training; score and save nothing."""
+    start_loss: float | None = None
+    """Of a trial, the loss before training, where another trial has measured it (it is measured if None)."""
     tuning: dict[str, Any] | None = None
     """The hyperparameter search that chose the options, for the record; its `budget` is part of the id."""
 

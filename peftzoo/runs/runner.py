@@ -284,6 +284,9 @@ class Runner:
         """
         if self.record.held_out is None:
             return
+        if key == "start_loss" and (known := self.plan.request.start_loss) is not None:
+            self.record.held_out[key] = known  # by another trial of this seed
+            return
         examples, model = self.held_out_examples, self.loaded.model.eval()
         self.attached.adapter.eval()
         with self.autocast():

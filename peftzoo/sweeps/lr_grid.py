@@ -144,9 +144,15 @@ class LrGrid:
     def _trial_request(self, key: TrialKey) -> Request:
         point, steps, seed = key
         values = {"lr": self.rate(point)}
-        return searches.trial(
+        request = searches.trial(
             self.request, values, steps=steps, seed=seed, hold_out=self.hold_out, loss_only=True
         )
+        return replace(request, start_loss=self._start_loss(seed))
+
+    def _start_loss(self, seed: int) -> float | None:
+        """The loss before training, which does not depend on the rate; None before the seed's first trial."""
+        told = (r.held_out or {} for (_, _, s), r in self.results.items() if s == seed and r)
+        return next((facts["start_loss"] for facts in told if facts.get("start_loss") is not None), None)
 
     def tell(self, record: Record | None, request: Request | None = None) -> None:
         """Report the record of the trial of `request`; None, and a failed one, have no loss."""

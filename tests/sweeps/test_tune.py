@@ -213,6 +213,22 @@ def test_a_sweep_file_searches_a_grid(tmp_path) -> None:
 # -- rows that are held out -----------------------------------------------------------------------------
 
 
+def test_the_loss_before_training_is_measured_once_per_seed(tmp_path) -> None:
+    search = grid(3)
+    asked = drive(search, lambda request: 1.0)
+    assert asked[0].start_loss is None and asked[-1].start_loss == START
+    request = next(r for r in asked if r.start_loss == START)
+    assert request.seed == asked[0].seed
+    train = {"steps": 1, "batch_size": 2, "lr": 1e-3}
+    known = replace(request, train=train, hold_out=(8, 1000), start_loss=9.0)
+    measured = replace(known, start_loss=None)
+    assert Plan(known).identity() == Plan(measured).identity()
+    records = [run.run(r, tmp_path / str(i))[0] for i, r in enumerate((known, measured))]
+    assert records[0].held_out["start_loss"] == 9.0 != records[1].held_out["start_loss"]
+    assert records[0].held_out["loss"] == records[1].held_out["loss"]
+    assert records[0].held_out["rows"] == records[1].held_out["rows"]
+
+
 @pytest.mark.parametrize("wanted", [2, 1000, 10**6])
 def test_at_most_half_of_the_rows_are_held_out(wanted: int) -> None:
     search = grid(3, rows=wanted)
