@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from peftzoo.conform import placement, plugin, training, weights
+from peftzoo.conform import gradients, placement, plugin, training, weights
 from peftzoo.conform.cases import ARCHS, Case, Skip
 from peftzoo.conform.rules import Check
 from peftzoo.contract import registry
@@ -40,7 +40,7 @@ class Result:
 @cache
 def checks() -> list[Check]:
     """All checks, in the order of the reports."""
-    modules = (plugin, placement, training, weights)
+    modules = (plugin, placement, gradients, training, weights)
     return [c for m in modules for c in vars(m).values() if isinstance(c, Check)]
 
 

@@ -115,6 +115,29 @@ class SharesKey(LoRAPart):
         self.A.data = owner.ctx.uniform(*self.A.shape, bound=0.1, key="the same everywhere")
 
 
+class HalvesGradient(LoRAPart):
+    def forward(self, base, x):
+        y, y0 = super().forward(base, x), base(x)
+        return y0 + (y - y0 + (y - y0).detach()) / 2
+
+
+class LosesInputGradient(LoRAPart):
+    def forward(self, base, x):
+        return base(x) + super().forward(base, x.detach()) - base(x.detach())
+
+
+class WritesInput(LoRAPart):
+    def forward(self, base, x):
+        y = super().forward(base, x)
+        with torch.no_grad():
+            x.add_(1e-3)
+        return y
+
+
+def penalty_without_gradient(self):
+    return sum(p.detach().square().sum() for p in self.parameters())
+
+
 def writes_base(self, step, total):
     with torch.no_grad():
         self.parts["bert/encoder/layer/0/attention/self/query"].site.module.weight.mul_(1.01)
@@ -131,6 +154,12 @@ FAULTS = [
     (faulty(part_class=SharesKey), "deterministic"),
     (faulty(part_class=Half), "trainable"),
     (faulty(part_class=Idle), "every_gradient"),
+    (faulty(part_class=HalvesGradient), "gradient_of_tensors"),
+    (faulty(part_class=HalvesGradient), "gradient_of_input"),
+    (faulty(part_class=HalvesGradient), "gradient_of_delta"),
+    (faulty(part_class=LosesInputGradient), "gradient_of_input"),
+    (faulty(part_class=WritesInput), "gradient_of_input"),
+    (faulty(penalty=penalty_without_gradient), "gradient_of_tensors"),
     (faulty(part_class=RegistersBase), "reload"),
     (faulty(part_class=OtherScale), "forward_is_delta"),
     (faulty(part_class=OtherScale), "merge"),
