@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from peftzoo.boards import tuning
 from peftzoo.boards.tables import BASELINE, SHARED, digest, integral
 from peftzoo.records import store
 
@@ -19,8 +20,18 @@ ABOUT = (
     "results/ranks.md); * may be the best: nothing here is significantly better. No rank: fewer than 3 "
     "seeds, or outcomes per row that are missing, and the last column says which. p: t test of the "
     "difference from the baseline with the same variances, Holm-corrected. broken: runs that ended no "
-    "better than the commonest answer; they count in the mean. A method that can be merged is scored "
+    "better than the commonest answer, or with a higher loss on held-out rows than they began with; they "
+    "count in the mean. A method that can be merged is scored "
     "merged, unless a pack scored its runs together; unmerged: on the first rows only, as a check."
+)
+
+ABOUT_TUNED = (
+    "Tuned beside default: with the values that a search chose by the loss on held-out training rows, and "
+    "with the method's defaults, in runs that are equal otherwise. Gain: how much better the tuned score "
+    "is, with its 95 % interval (a paired t test where both have the same seeds, else Welch's). "
+    "Forgiving: the rates around the best whose mean held-out loss is at most one standard error (over "
+    "seeds) above the best one's, and the width of that range in powers of ten; at least so wide where "
+    "the next rate was not tried as long and as often."
 )
 
 
@@ -46,7 +57,8 @@ def markdown(
     tables: list[tuple[dict[str, Any], pd.DataFrame]], baseline: str = BASELINE, preface: str = ""
 ) -> str:
     """All tables as one Markdown document; `preface` is a section before them."""
-    sections = [f"# Board\n\n{ABOUT}", *([preface] if preface else [])]
+    about = [ABOUT, *([ABOUT_TUNED] if any("tuning" in t.attrs for _, t in tables) else [])]
+    sections = ["\n\n".join(["# Board", *about]), *([preface] if preface else [])]
     for shared, table in tables:
         cells = pd.DataFrame({
             "rank": rank_intervals(table), "method": table["method"].map(escape),
@@ -54,7 +66,7 @@ def markdown(
             "+-95 %": table["ci95"].map(lambda v: _fixed(v, 3)),
             "se": table["stderr"].map(lambda v: _fixed(v, 3)), "seeds": table["seeds"],
             f"p {escape(baseline)}": table["p_base"].map(p_value),
-            "broken": table["broken"].map(lambda v: v or ""),
+            "broken": broken(table),
             "unmerged": table["unmerged"].map(lambda v: _fixed(v, 3)),
             "trained": table["trained"].map(lambda v: "" if pd.isna(v) else f"{int(v):,}"),
             "step ms": table["step_ms"].map(lambda v: _fixed(v, 1)),
@@ -66,8 +78,67 @@ def markdown(
         heading = f"## {escape(title(shared))}"
         notes = [f"**{escape(table.attrs['verdict'].sentence)}**", escape(conditions(shared)),
                  escape(device(shared))]  # fmt: skip
-        sections.append("\n\n".join([heading, *notes, markdown_table(cells)]))
+        sections.append("\n\n".join([heading, *notes, markdown_table(cells), *_tuned(table, shared)]))
     return "\n\n".join(sections) + "\n"
+
+
+def _tuned(table: pd.DataFrame, shared: dict[str, Any]) -> list[str]:
+    """What tuning changes, as a sentence and a table; nothing for runs that were not tuned."""
+    effect: tuning.Effect | None = table.attrs.get("tuning")
+    if effect is None:
+        return []
+    metric = shared["metric"] or "score"
+    cells = pd.DataFrame([
+        {
+            "method": escape(r.label), f"{escape(metric)}, default": _fixed(r.default_score, 3),
+            "tuned": _fixed(r.score, 3), "gain": signed(r.gain), "95 %": gain_interval(r),
+            "lr, default": _rate(r.default_lr), "tuned lr": _rate(r.lr), "forgiving": rate_range(r),
+            "powers of ten": decades(r), "broken, default": share(r.default_broken, r.default_runs),
+            "broken, tuned": share(r.broken, r.runs), "no gain": r.why,
+        }
+        for r in effect.rows
+    ])  # fmt: skip
+    optional = ("broken, default", "broken, tuned", "no gain")
+    cells = cells.drop(columns=[c for c in optional if not cells[c].astype(bool).any()])
+    return ["### Tuned beside default", f"**{escape(effect.sentence)}**", markdown_table(cells)]
+
+
+def signed(value: float | None) -> str:
+    """A gain with its sign."""
+    return "" if value is None else f"{value:+.3f}"
+
+
+def gain_interval(row: tuning.Row) -> str:
+    """The interval of a gain: `+0.010 to +0.030`."""
+    return "" if row.gain_low is None else f"{signed(row.gain_low)} to {signed(row.gain_high)}"
+
+
+def rate_range(row: tuning.Row) -> str:
+    """The range of rates within one standard error of the best: `0.001 to 0.01`, or the only one."""
+    if row.lr_low is None:
+        return ""
+    return _rate(row.lr_low) + ("" if row.lr_low == row.lr_high else f" to {_rate(row.lr_high)}")
+
+
+def decades(row: tuning.Row) -> str:
+    """The width of that range in powers of ten: `0.5`, `at least 1.0`."""
+    if row.lr_decades is None:
+        return ""
+    return ("at least " if row.lr_at_least else "") + f"{row.lr_decades:.1f}"
+
+
+def share(part: int | None, total: int | None) -> str:
+    """`2 of 10`; nothing for none."""
+    return f"{part} of {total}" if part else ""
+
+
+def broken(table: pd.DataFrame) -> list[str]:
+    """`2 of 10` per row: of its runs, those that broke down."""
+    return [share(n, len(records)) for n, records in zip(table["broken"], table["records"], strict=True)]
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
 
 
 def rank_intervals(table: pd.DataFrame) -> list[str]:
@@ -145,8 +216,9 @@ def _fixed(value: Any, digits: int) -> str:
 
 def _verdict(table: pd.DataFrame) -> dict[str, Any]:
     """What a table says as a whole; empty for a part of a table."""
-    verdict = table.attrs.get("verdict")
-    return {} if verdict is None else {"verdict": asdict(verdict)}
+    verdict, effect = table.attrs.get("verdict"), table.attrs.get("tuning")
+    facts = {} if verdict is None else {"verdict": asdict(verdict)}
+    return facts | ({} if effect is None else {"tuning_effect": tuning.as_dict(effect)})
 
 
 def as_rows(tables: list[tuple[dict[str, Any], pd.DataFrame]]) -> list[dict[str, Any]]:

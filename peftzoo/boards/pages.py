@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 
 from peftzoo.adapters import write_atomically
-from peftzoo.boards import formats, pareto
+from peftzoo.boards import formats, pareto, rate_plots
 from peftzoo.boards import tables as board
 from peftzoo.contract import registry
 from peftzoo.errors import UserError
@@ -44,14 +44,15 @@ def write(folder: Path, records: list[Record], tables: Tables, papers: list[dict
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    templates.globals |= {"pareto": pareto, "baseline": baseline, "methods": method_pages,
+    templates.globals |= {"pareto": pareto, "formats": formats, "rate_plots": rate_plots,
+                          "baseline": baseline, "methods": method_pages,
                           "run_of": lambda record: run_pages[id(record)]}  # fmt: skip
     templates.filters |= {"number": _fixed, "count": _with_commas, "chance": formats.p_value}
     installed = set(registry.methods())
     cards = {name: _method_card(name) if name in installed or ":" in name else None for name in method_pages}
     boards = [_board_fields(i, shared, table, cards) for i, (shared, table) in enumerate(tables)]
     _render(folder / "index.html", templates, "index.html", root="", boards=boards, papers=papers,
-          notes=list(notes), about=formats.ABOUT, axes=AXES, total=len(records))  # fmt: skip
+          notes=list(notes), about=_about(tables), axes=AXES, total=len(records))  # fmt: skip
     for name, file in method_pages.items():
         own = [r for r in records if r.method == name]
         _render(folder / file, templates, "method.html", root="../", name=name, card=cards[name], records=own,
@@ -63,6 +64,11 @@ def write(folder: Path, records: list[Record], tables: Tables, papers: list[dict
     for file in ("style.css", "script.js"):
         write_atomically(folder / file, (_TEMPLATES / file).read_bytes())
     return 1 + len(method_pages) + len(records)
+
+
+def _about(tables: Tables) -> list[str]:
+    tuned = any("tuning" in table.attrs for _, table in tables)
+    return [formats.ABOUT, *([formats.ABOUT_TUNED] if tuned else [])]
 
 
 def _remove_stale_pages(folder: Path, current: set[str]) -> None:
@@ -112,8 +118,10 @@ def _board_fields(
     rows = [{k: None if _is_missing(v) else v for k, v in row.items()} for row in table.to_dict("records")]
     for row in rows:
         row["family"] = (cards[row["method"]] or {}).get("family") or "not installed here"
-    for row, interval in zip(rows, formats.rank_intervals(table), strict=True):
-        row["interval"] = interval
+    for i, (interval, broken) in enumerate(
+        zip(formats.rank_intervals(table), formats.broken(table), strict=True)
+    ):
+        rows[i] |= {"interval": interval, "broken_of": broken}
     scored, verdict = [r for r in rows if r["score"] is not None], table.attrs["verdict"]
     plots = {
         axis: pareto.plot([(r["method"], r[axis], r["score"]) for r in scored if r[axis] is not None])
@@ -124,8 +132,31 @@ def _board_fields(
         "device": formats.device(shared), "conditions": formats.conditions(shared),
         "metric": shared["metric"] or "score", "rows": rows,
         "best": scored[0] if scored and verdict.crowned else None, "verdict": verdict,
-        "plots": {k: p for k, p in plots.items() if p}, "runs": sum(len(r["records"]) for r in rows),
+        "plots": {k: p for k, p in plots.items() if p}, "tuning": table.attrs.get("tuning"),
+        "rates": _rate_figures(table, shared["metric"] or "score"),
+        "runs": sum(len(r["records"]) for r in rows),
     }  # fmt: skip
+
+
+def _rate_figures(table: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
+    """Plots against the learning rate: of the held-out loss of tuned methods, of scores at several rates."""
+    effect = table.attrs.get("tuning")
+    losses = rate_plots.panels_of_losses(effect) if effect else []
+    figures = []
+    for measure, panels in (("held-out loss", losses), (metric, rate_plots.panels_of_scores(table))):
+        if not panels:
+            continue
+        every = rate_plots.together(panels)
+        small = [
+            {"name": p.lines[-1].name, "plot": rate_plots.plot(p, measure, rate_plots.SMALL), "row": p.row}
+            for p in panels
+        ]
+        figures.append({
+            "measure": measure, "caption": "Held-out loss" if panels is losses else measure,
+            "all": rate_plots.plot(every, measure), "legend": rate_plots.legend(every),
+            "small": small, "losses": panels is losses,
+        })  # fmt: skip
+    return figures
 
 
 def _is_missing(value: Any) -> bool:

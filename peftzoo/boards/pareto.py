@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from peftzoo.boards._axes import linear_ticks, log_ticks
+
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 44
 """Size and margins of the plot, in pixels."""
@@ -59,8 +61,8 @@ def plot(points: Sequence[Point]) -> dict[str, Any] | None:
     zero = [(x(0), "0")] if len(costs) < len(points) else []
     return {
         "marks": marks, "line": line, "labels": _labels([marks[i] for i in best]),
-        "x_ticks": zero + [(x(v), short(v)) for v in _log_ticks(low, high)],
-        "y_ticks": [(y(v), f"{v:.4g}") for v in _linear_ticks(bottom, top)],
+        "x_ticks": zero + [(x(v), short(v)) for v in log_ticks(low, high)],
+        "y_ticks": [(y(v), f"{v:.4g}") for v in linear_ticks(bottom, top)],
     }  # fmt: skip
 
 
@@ -84,25 +86,6 @@ def _labels(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 labels.append({"name": m["name"][:24], **anchor})
                 break
     return labels
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Round costs between 10^low and 10^high: powers of ten, and multiples of them where those are few."""
-    for digits in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
-        ticks = [d * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for d in digits]
-        ticks = [v for v in ticks if low <= math.log10(v) <= high]
-        if len(ticks) >= 3:
-            return ticks[:: -(-len(ticks) // 8)]
-    return ticks or [10**low, 10**high]
-
-
-def _linear_ticks(low: float, high: float) -> list[float]:
-    """About five round numbers between low and high."""
-    min_step = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(min_step))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= min_step)
-    first = math.ceil(low / step)
-    return [k * step for k in range(first, math.floor(high / step) + 1)]
 
 
 def short(value: float) -> str:

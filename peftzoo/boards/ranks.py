@@ -42,11 +42,12 @@ def confidence_half_width(scores: Sequence[float]) -> float | None:
     """Half-width of the 95 % t interval of the mean over seeds; None for fewer than two."""
     if len(scores) < 2:
         return None
-    return float(np.std(scores, ddof=1) / len(scores) ** 0.5 * _t_quantile(len(scores) - 1))
+    return float(np.std(scores, ddof=1) / len(scores) ** 0.5 * t_quantile(len(scores) - 1))
 
 
 @lru_cache(maxsize=256)
-def _t_quantile(degrees_of_freedom: int) -> float:
+def t_quantile(degrees_of_freedom: int) -> float:
+    """The 97.5 % point of Student's t."""
     return float(stats.t.ppf(1 - SIGNIFICANCE / 2, degrees_of_freedom))
 
 
@@ -282,13 +283,17 @@ def half_splits(values: dict[int, Array], splits: int = SPLITS) -> float | None:
     if len(values) < 2 or n < 4 or not splits:
         return None
     rng, same, pairs = np.random.default_rng(0), 0.0, np.triu_indices(len(values), 1)
+    runs, sizes = np.concatenate([*values.values()]), [len(y) for y in values.values()]
     for _ in range(splits):
         rows, means = rng.permutation(n), np.empty((2, len(values)))
-        for m, y in enumerate(values.values()):
-            seeds = rng.permutation(len(y))
+        sums = [runs[:, rows[half::2]].sum(1) for half in (0, 1)]
+        start = 0
+        for m, size in enumerate(sizes):
+            seeds = start + rng.permutation(size)
+            start += size
             for half in (0, 1):
-                runs = seeds[half::2] if len(y) > 1 else seeds
-                means[half, m] = y[np.ix_(runs, rows[half::2])].mean()
+                drawn = seeds[half::2] if size > 1 else seeds
+                means[half, m] = sums[half][drawn].sum() / (len(drawn) * len(rows[half::2]))
         order = np.sign(means[:, :, None] - means[:, None, :])
         same += float((order[0] == order[1])[pairs].mean())
     return same / splits

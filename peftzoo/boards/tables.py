@@ -39,9 +39,8 @@ def frame(records: list[Record]) -> pd.DataFrame:
 
 
 def _run_row(r: Record) -> dict[str, Any]:
-    train, memory = r.train_config | _searched(r), r.memory.get("computed_total")
+    train, memory = r.train_config | searched(r), r.memory.get("computed_total")
     latency = r.merged_latency or r.latency
-    prompt = ", loss on the prompt too" if train.get("train_on_prompt") else ""
     return {
         "task": r.task, "task_version": r.task_version, "task_digest": _digest_of_own_file(r),
         "model": r.model, "weights": digest(r.model_source),
@@ -53,9 +52,7 @@ def _run_row(r: Record) -> dict[str, Any]:
         "measure_version": r.measure_version,
         "device": _short_text(r.environment.get("device")),
         "steps": number(train.get("steps")) or None, "batch_size": number(train.get("batch_size")),
-        "recipe": f"{train.get('schedule')}, warm-up {train.get('warmup')}, clip {train.get('clip')}, "
-                  f"head lr {train.get('head_lr')}{prompt}",
-        "tuning": _search_budget(r),
+        "recipe": recipe(r, searched(r)), "tuning": _search_budget(r),
         "method": r.method, "id": r.id, "seed": r.seed,
         "config": ", ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
                             for k, v in r.method_config.items()),
@@ -75,7 +72,26 @@ def _digest_of_own_file(r: Record) -> str | None:
     return None if known else _short_text(r.task_digest)[:8]
 
 
-def _searched(r: Record) -> dict[str, str]:
+def recipe(r: Record, searched: dict[str, str]) -> str:
+    """The training settings but steps, batch size and learning rate; those in `searched` as it has them."""
+    train = r.train_config | searched
+    text = f"{train.get('schedule')}, warm-up {train.get('warmup')}, clip {train.get('clip')}, "
+    text += f"head lr {train.get('head_lr')}"
+    text += ", loss on the prompt too" if train.get("train_on_prompt") else ""
+    return text + _held_out(r)
+
+
+def _held_out(r: Record) -> str:
+    """What a run kept out of training, and whether it could stop early; nothing for most."""
+    validation, own = r.data.get("validation"), r.validation or {}
+    rows = validation.get("rows") if isinstance(validation, dict) else None
+    counts = [number(n) for n in rows] if isinstance(rows, list) else []
+    text = f", {integral(sum(counts))} rows held out" if counts and None not in counts else ""
+    patience = _short_text(own.get("early_stop"))
+    return text if patience is None else f"{text}, early stop {patience}"
+
+
+def searched(r: Record) -> dict[str, str]:
     """The training settings that a hyperparameter search chose, each as the word "searched".
 
     Every method may have found another value, and they still share a table.
@@ -245,11 +261,21 @@ def _commonest(records: list[Record]) -> float | None:
 
 
 def _breakdowns(records: list[Record], commonest: float | None) -> int:
-    """Runs that ended no better than the commonest answer although they were trained."""
-    if commonest is None:
-        return 0
-    trained = [r for r in records if number(r.train_config.get("steps")) and r.result]
-    return sum(r.result.value is not None and r.result.value <= commonest for r in trained)
+    """Trained runs that ended no better than the commonest answer, or above the loss that they began with."""
+    trained = [r for r in records if number(r.train_config.get("steps"))]
+    return sum(_is_no_better(r, commonest) or _ended_above(r) for r in trained)
+
+
+def _is_no_better(r: Record, commonest: float | None) -> bool:
+    value = r.result.value if r.result else None
+    return commonest is not None and value is not None and value <= commonest
+
+
+def _ended_above(r: Record) -> bool:
+    """Whether the loss on held-out rows ended above where it began, or is not finite."""
+    losses = r.validation or {}
+    begin, end = number(losses.get("start_loss")), number(losses.get("loss"))
+    return begin is not None and "loss" in losses and (end is None or end > begin)
 
 
 def _shared_fields(names: Iterable[str], key: tuple[Any, ...]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from peftzoo.adapters import atomic
-from peftzoo.boards import formats, pareto, replications
+from peftzoo.boards import formats, pareto, replications, tuning
 from peftzoo.boards import pages as site
 from peftzoo.boards import tables as board
 from peftzoo.records import store
@@ -210,7 +210,7 @@ def test_sorted_filtered_and_searched_in_chromium(browser, folder: Path, tmp_pat
     click("trained")
     assert column(9)[:2] == ["0", "99"], "numbers are not sorted as numbers"
     click("rank")
-    assert column(1)[:3] == ["1", "2", "3"] and column(1)[-1] == "", "the unranked are not last"
+    assert column(1)[:3] == ["1*", "2", "3"] and column(1)[-1] == "", "the unranked are not last"
 
     page.locator("#search").fill("vera")
     assert column(2) == ["vera"] and page.locator("section.board:visible").count() == 1
@@ -243,6 +243,35 @@ def test_sorted_filtered_and_searched_in_chromium(browser, folder: Path, tmp_pat
         phone.screenshot(path=tmp_path / f"phone-{Path(file).stem}.png")
     dark = phone.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 150, f"{dark} is not dark"
+    assert complaints == []
+
+
+@pytest.mark.slow
+def test_tuned_boards_in_chromium(browser, tmp_path) -> None:
+    tried = [{"values": {"lr": lr}, "steps": 100, "losses": [lr, 0.4, 0.6]} for lr in (1e-4, 1e-3, 1e-2)]
+    facts = {"budget": {"points": 3}, "default": {"lr": 1e-3}, "chosen": {"lr": 1e-2}, "tried": tried}
+    records = [make(m, s, 0.5 + s / 10, tuning=facts, train={"lr": 1e-2})
+               for m in ("lora", "dora", HOSTILE) for s in range(3)]  # fmt: skip
+    records += [make("lora", s, 0.4, train={"lr": lr}) for lr in (1e-4, 1e-3, 1e-2) for s in range(3)]
+    tables = tuning.beside_default(board.tables(records))
+    site.write(tmp_path / "site", records, tables, [])
+    page = browser.new_page(viewport={"width": 375, "height": 900})
+    complaints: list[str] = []
+    page.on("console", lambda m: complaints.append(m.text))
+    page.on("pageerror", lambda e: complaints.append(str(e)))
+    page.on("dialog", lambda d: complaints.append(f"dialog {d.message}"))
+    page.goto((tmp_path / "site" / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert page.locator("table.beside tbody tr:visible").count() == 3
+    assert page.locator("#shown").inner_text() == "6 rows in 2 tables", "rows beside the defaults count too"
+    page.locator("#search").fill("dora")
+    assert page.locator("table.beside tbody tr:visible").count() == 1
+    for text in page.locator("figure.rates svg text, .small svg text").all():
+        if text.is_visible():
+            box, inside = text.bounding_box(), text.locator("xpath=ancestor::*[name()='svg']").bounding_box()
+            assert inside["x"] - 1 <= box["x"], text.inner_html()
+            assert box["x"] + box["width"] <= inside["x"] + inside["width"] + 1, text.inner_html()
+    page.close()
     assert complaints == []
 
 

@@ -45,7 +45,7 @@ function filter() {
       const text = about + " " + row.dataset.text;
       row.hidden = !(fits && (!wanted.family || row.dataset.family === wanted.family) &&
         (!ranked || "ranked" in row.dataset) && words.every((w) => text.includes(w)));
-      left += !row.hidden;
+      left += !row.hidden && !row.closest("table.beside");
     });
     board.hidden = left === 0;
     document.querySelector(`tr[data-board="${board.id}"]`).hidden = board.hidden;
