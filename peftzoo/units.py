@@ -22,3 +22,17 @@ def amount(option: str, text: str) -> int:
     except (ValueError, KeyError):
         raise UserError(f'{option} "{text}": a number, with K, M, G, GB or GiB, such as 1M or 16GB') from None
     return int(value)
+
+
+def parse_pack_size(option: str, text: str) -> tuple[int | None, int | None]:
+    """The size of a pack as (runs, None) for a number, (None, bytes) for 16GB, (None, None) for `auto`.
+
+    With `auto`, the free memory decides. Raises `UserError`, which names `option`, for any other text.
+    """
+    if text == "auto":
+        return None, None
+    if text.isdecimal() and 0 < int(text) < 2**31:
+        return int(text), None
+    if text[-1:].upper() == "B" and (memory_budget := amount(option, text)):
+        return None, memory_budget
+    raise UserError(f'{option} "{text}": a number of runs from 1 on, auto, or a size of memory such as 16GB')

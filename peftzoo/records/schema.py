@@ -75,13 +75,16 @@ class Record(BaseModel):
     )
     merged_score: Score | None = None
     chosen: dict[str, Any] | None = Field(
-        None, description="the reported state's step, and the score by which it was chosen at each point"
+        None, description="the reported state's step, and the score or loss by which it was chosen at each"
     )
     retention: dict[str, Any] | None = Field(
         None, description="loss in nats per token on text not trained on, of the base model and after"
     )
     held_out: dict[str, Any] | None = Field(
         None, description="of a search's trial: loss on held-out training rows before and after training"
+    )
+    validation: dict[str, Any] | None = Field(
+        None, description="held-out training rows, the loss on them before training and of the reported state"
     )
     final_loss: float | None = None
     micro_batch: Count | None = None
@@ -118,6 +121,11 @@ class Record(BaseModel):
     def file(self) -> Path | None:
         """The JSON file that the record was read from or written to."""
         return self._file
+
+    @property
+    def trained_steps(self) -> Any:
+        """Steps that were trained: those of `train_config`, or fewer where the run stopped early."""
+        return (self.chosen or {}).get("stopped") or self.train_config.get("steps")
 
     @property
     def result(self) -> Score | None:

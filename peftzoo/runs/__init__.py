@@ -3,7 +3,11 @@
 `plan` resolves a request, `run` holds the lock, loads the model and writes the record, also of a run that
 fails, `runner` does the steps between. `packs` does several runs on one copy of the model.
 `adapter_generation` trains methods that generate weights from a description, `verification` repeats a
-recorded run, `estimates` predicts time and memory, `trackers` send the loss to an experiment tracker.
+recorded run, `estimates` predicts time and memory, `trackers` send the loss to an experiment tracker,
+`quick_checks` tells in a moment what is wrong in a request.
 """
 
-__all__ = ["adapter_generation", "estimates", "packs", "plan", "run", "runner", "trackers", "verification"]
+__all__ = [
+    "adapter_generation", "estimates", "packs", "plan", "quick_checks", "run", "runner", "trackers",
+    "verification",
+]  # fmt: skip

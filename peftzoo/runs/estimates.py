@@ -78,7 +78,7 @@ def _method_family(method: str) -> str | None:
 
 def _seconds(past: Record, planned: Record) -> float:
     """Seconds of the planned run at the pace per step and per scored row of the past one."""
-    steps, rows = number(past.train_config.get("steps")), number(past.data.get("scored_rows"))
+    steps, rows = number(past.trained_steps), number(past.data.get("scored_rows"))
     training = past.train_seconds / steps * (planned.train_config.get("steps") or 0) if steps else 0.0
     if planned.held_out is not None:  # a trial scores nothing: two forward passes over the held-out rows
         batch = number(planned.train_config.get("batch_size")) or 1

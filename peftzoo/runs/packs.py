@@ -37,7 +37,6 @@ from peftzoo.runs.run import (
 from peftzoo.runs.runner import Progress, Runner
 from peftzoo.scoring.evaluation import Scores
 from peftzoo.training.loop import Loop
-from peftzoo.units import amount
 
 USABLE_SHARE = 0.8
 """Share of the free memory that a pack of automatic size may take."""
@@ -138,8 +137,8 @@ class Packer:
         """Put the run into the pack, or its record into `results`; neither if it has to be done alone."""
         record = new_record(plan)
         own_rows = plan.request.hold_out and not plan.request.loss_only
-        if plan.selection or plan.pruning or own_rows or plan.cls.edits_base:
-            return  # it changes the model, or is scored on rows of its own
+        if plan.selection or plan.pruning or own_rows or plan.cls.edits_base or plan.data.validation_sets:
+            return  # it changes the model, or is scored or checked on rows of its own
         if (plan.train_config.micro_batch or plan.train_config.batch_size) < plan.train_config.batch_size:
             return  # a pack does not split a run's batch into micro-batches
         lock = ExitStack()
@@ -271,20 +270,6 @@ class Packer:
         if record.status == "ok" or trials.finished(record):
             remove_checkpoints(self.out, record)
         return written, target, True
-
-
-def parse_pack_size(option: str, text: str) -> tuple[int | None, int | None]:
-    """The size of a pack as (runs, None) for a number, (None, bytes) for 16GB, (None, None) for `auto`.
-
-    With `auto`, the free memory decides. Raises `UserError`, which names `option`, for any other text.
-    """
-    if text == "auto":
-        return None, None
-    if text.isdecimal() and 0 < int(text) < 2**31:
-        return int(text), None
-    if text[-1:].upper() == "B" and (memory_budget := amount(option, text)):
-        return None, memory_budget
-    raise UserError(f'{option} "{text}": a number of runs from 1 on, auto, or a size of memory such as 16GB')
 
 
 def bytes_needed(loop: Loop) -> int:

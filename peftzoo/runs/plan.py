@@ -21,8 +21,9 @@ from peftzoo.models.pruning import Pruning
 from peftzoo.records import published, store
 from peftzoo.scoring import library_metrics, metrics, retention
 from peftzoo.tasks import run_data, sources, splits, task_files
-from peftzoo.tasks.schema import HeadSpec, Protocol, Task
-from peftzoo.training.config import TrainConfig, auto_precision
+from peftzoo.tasks.schema import HeadSpec, Task
+from peftzoo.training import config, selection
+from peftzoo.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ class Request:
     """Of a trial, the loss before training, where another trial has measured it (it is measured if None)."""
     tuning: dict[str, Any] | None = None
     """The hyperparameter search that chose the options, for the record; its `budget` is part of the id."""
+    validation: int | None = None
+    """Rows of each task that are kept out of training; the loss on them is measured before and after it."""
+    early_stop: int | None = None
+    """Stop after so many checks without a lower loss on these rows, and report the state with the lowest.
+
+    Without `validation` so many rows are held out as `splits.VALIDATION_ROWS` says.
+    """
 
 
 class LookupCache:
@@ -96,7 +104,8 @@ class Plan:
         self.pruning = Pruning.parse(request.prune) if request.prune else None
         self.view = self._view()
         self.higher_is_better = self._direction()
-        self.protocol, self.selection = self._protocol()
+        self.protocol, self.selection = self.task_group.select_protocol(request.protocol)
+        self._check_validation()
         self.data = self._data()
         self.settings = self.task_group.settings(self.source == "embedded")
         self.max_new_tokens = request.max_new_tokens or self.settings.max_new_tokens
@@ -115,6 +124,9 @@ class Plan:
         needs_train_rows = self.cls.trains or self.cls.searches or self.pruning is not None
         data = self._cached(("rows", r.task, source, mirror, needs_train_rows),
                           lambda: run_data.load(group, source, mirror, needs_train_rows))  # fmt: skip
+        if r.validation or r.early_stop:  # every method and seed holds out the same rows
+            data = self._cached(("validation", r.task, source, mirror, r.validation),
+                              lambda: splits.with_validation(data, r.validation))  # fmt: skip
         self.retention_set = r.retention and self._cached(
             ("retention", r.retention, r.task, source, mirror),
             lambda: retention.load(r.retention, group, source, mirror),
@@ -191,15 +203,32 @@ class Plan:
             if known and name not in known and not (library and view != "head"):  # these may have any results
                 raise unknown(f'metric of task "{task.name}"', name, known)
 
-    def _protocol(self) -> tuple[str, Protocol | None]:
-        """Name of the protocol, and how it selects a checkpoint; None for the default, the last step."""
-        about, name = self.task_group.about, self.request.protocol
-        if name in (None, about.protocol):
-            return about.protocol, None
-        if name not in about.protocols:
-            see = f"peftzoo show {self.task_group.name}"
-            raise unknown("protocol", name, [about.protocol, *about.protocols], see=see)
-        return name, about.protocols[name]
+    def _check_validation(self) -> None:
+        """Raise `UserError` where this run can hold no rows out, or its protocol chooses a checkpoint."""
+        r = self.request
+        if r.validation is None and r.early_stop is None:
+            return
+        option = f"--early-stop {r.early_stop}" if r.validation is None else f"--hold-out {r.validation}"
+        if r.validation is not None and r.validation < 1:
+            raise UserError(f"{option}: at least 1")
+        if r.early_stop is not None and not 1 <= r.early_stop <= selection.CHECKS:
+            raise UserError(f"--early-stop {r.early_stop}: from 1 to {selection.CHECKS}, the checks of a run")
+        if not self.cls.trains or self.cls.searches:
+            how = "fits itself without gradients" if self.cls.searches else "does not train"
+            raise UserError(f'method "{r.method}" {how}: leave {option} out, or take another --method')
+        if self.selection:
+            raise UserError(
+                f"{option} and --protocol {self.protocol}: the protocol chooses the reported state by "
+                "scores; keep one of them"
+            )
+        if r.hold_out:
+            raise UserError(f"{option}: a trial of a search holds rows of its own out; leave {option} out")
+
+    @property
+    def validation_rows(self) -> int | None:
+        """Rows of each task that are kept out of training; None without any."""
+        rows = self.data.info.get("validation", {}).get("rows")
+        return rows and rows[0]
 
     def _train_config(self) -> TrainConfig:
         """Settings of the task and the method, overridden by the preset, overridden by the request.
@@ -207,7 +236,7 @@ class Plan:
         `epochs` is converted to steps. Raises `UserError` for a value out of range.
         """
         s, r = self.settings, self.request
-        precision = auto_precision() if r.precision == "auto" else r.precision
+        precision = config.precision_of(r.precision)
         fields = {
             "steps": s.steps if self.cls.trains else 0,
             "batch_size": s.batch_size,
@@ -220,19 +249,12 @@ class Plan:
         epochs = fields.pop("epochs", None)
         if not self.cls.trains:
             fields["steps"], epochs = 0, None
-        try:
-            config = TrainConfig(**fields)
-        except ValueError as error:
-            first = error.errors()[0]
-            raise UserError(
-                f"--{'.'.join(map(str, first['loc'])).replace('_', '-')} {first['input']}: {first['msg']}"
-            ) from None
+        checked = config.checked(fields)
         if epochs is None:
-            return config
-        if not isinstance(epochs, (int, float)) or not 0 < epochs <= 1e6:
-            raise UserError(f"--epochs {epochs}: a number above 0, at most 1,000,000")
-        steps = max(1, round(epochs * self.data.trained_rows / config.batch_size))
-        return config.model_copy(update={"steps": steps})
+            return checked
+        config.check_epochs(epochs)
+        steps = max(1, round(epochs * self.data.trained_rows / checked.batch_size))
+        return checked.model_copy(update={"steps": steps})
 
     def attach_to_shapes(self) -> None:
         """Attach the method to the model on the meta device, to find options that do not fit before any run.
@@ -253,6 +275,7 @@ class Plan:
         optional = {"prune": self.request.prune, "retention": self.request.retention}
         optional["tuning"] = (self.request.tuning or {}).get("budget")
         optional["task_digest"] = task_files.digest_for_id(self.request.task, self.task_group)
+        optional["early_stop"] = self.request.early_stop  # rows that are held out are part of data.info
         if retained := self.retention_set:
             optional["retention_digest"] = task_files.digest_for_id(self.request.retention, retained.task)
         extra = {k: v for k, v in optional.items() if v}
@@ -281,6 +304,7 @@ class Plan:
         arguments += ["--seeds", str(r.seed)]
         extra = {"limit": r.limit, "max_new_tokens": r.max_new_tokens, "prune": r.prune}
         extra |= {"protocol": self.protocol if self.selection else None, "retention": r.retention}
+        extra |= {"hold_out": self.validation_rows, "early_stop": r.early_stop}
         extra["trust_task_code"] = r.trust_task_code
         for key, value in (self.train_config.model_dump() | extra).items():
             if value is not None and value is not False:
@@ -291,11 +315,13 @@ class Plan:
         return shlex.join(arguments) + trial
 
 
-def resolve(requests: list[Request], *, skip: bool) -> tuple[list[Plan], list[str]]:
+def resolve(requests: list[Request], *, skip: bool,
+            done: Callable[[Plan], bool] = lambda _: False) -> tuple[list[Plan], list[str]]:  # fmt: skip
     """Plans of the requests that can be run, and a message for each other one.
 
-    Each plan is checked on the shapes of its model (`attach_to_shapes`), once for all its seeds. Raises the
-    first `UserError`; with `skip`, requests that raise are left out, and it is raised only if none is left.
+    Each plan is checked on the shapes of its model (`attach_to_shapes`), once for all its seeds; one that is
+    `done` is not, which saves the import of the model's code. Raises the first `UserError`; with `skip`,
+    requests that raise are left out, and it is raised only if none is left.
     """
     cache, refused, plans = LookupCache(), {}, []
     checked: set[str] = set()
@@ -305,7 +331,7 @@ def resolve(requests: list[Request], *, skip: bool) -> tuple[list[Plan], list[st
             continue
         try:
             plan = _plan(request, cache)
-            if key not in checked:
+            if key not in checked and not done(plan):
                 checked.add(key)
                 plan.attach_to_shapes()
         except UserError as error:

@@ -199,9 +199,18 @@ def new_record(plan: Plan) -> Record:
         train_config=plan.train_config.model_dump(mode="json"),
         model_source=model.source, data=plan.data.info | {"scored_rows": plan.data.scored_rows},
         prune=r.prune, max_new_tokens=plan.max_new_tokens if plan.view == "generate" else None,
-        held_out={} if r.loss_only else None,
+        held_out={} if r.loss_only else None, validation=_validation(plan),
         tuning=r.tuning, environment=counters.environment(), command=plan.command(),
     )  # fmt: skip
+
+
+def _validation(plan: Plan) -> dict[str, Any] | None:
+    """What the record says of held-out rows before training; None for a run without any."""
+    if not plan.data.validation_sets:
+        return None
+    facts = {"rows": sum(len(v.rows) for v in plan.data.validation_sets)}
+    stop = plan.request.early_stop
+    return facts | ({"early_stop": stop} if stop else {})
 
 
 def make_accelerator() -> Any:

@@ -94,6 +94,7 @@ class Runner:
         self.record_counts(attached)
         with nullcontext() if install else attached.on():
             self.measure_held_out("start_loss")
+            self.measure_validation("start_loss")
         if self.tracker:
             facts = {"method", "task", "model", "seed", "method_config", "train_config"}
             self.tracker.start(self.record.name, self.record.model_dump(mode="json", include=facts))
@@ -102,22 +103,28 @@ class Runner:
         if fresh and accelerator.is_main_process:
             self.remove_checkpoints()
         accelerator.wait_for_everyone()
-        eval_at = (
-            selection.eval_steps(plan.train_config.steps, len(examples), plan.train_config.batch_size)
-            if plan.selection
-            else []
-        )
-        self.best = selection.BestCheckpoint(
-            self.best_file,
-            attached,
-            lambda: self.selection_score(accelerator.device),
-            higher_is_better=plan.higher_is_better,
-        )
+        eval_at = self.choose_by(examples)
         return (GradientFreeLoop if plan.cls.searches else Loop)(
             attached, examples, plan.train_config, pad=tokenizer.pad_token_id, accelerator=accelerator,
             seed=r.seed, on_step=self.on_step, checkpoint_path=self.checkpoint, save_every=r.save_every,
             eval_at=eval_at, on_eval=self.best,
         )  # fmt: skip
+
+    def choose_by(self, examples: Any) -> list[int]:
+        """The steps after which the state may be chosen; sets `best`, which scores it there.
+
+        A protocol chooses by the score, a run that may stop early by the loss on held-out rows.
+        """
+        plan, config = self.plan, self.plan.train_config
+        stop_early = plan.request.early_stop is not None
+        self.best = selection.BestCheckpoint(
+            self.best_file, self.attached,
+            (lambda: self.loss_on(self.validation_examples)) if stop_early else self.selection_score,
+            higher_is_better=plan.higher_is_better and not stop_early, patience=plan.request.early_stop,
+        )  # fmt: skip
+        if stop_early:
+            return selection.check_steps(config.steps)
+        return selection.eval_steps(config.steps, len(examples), config.batch_size) if plan.selection else []
 
     def finish(self, pack_scores: dict[str, evaluation.Scores] | None = None) -> list[dict[str, Any]]:
         """Save the trained adapter and score it. Returns the outcomes per row, [] beside the main process.
@@ -131,7 +138,10 @@ class Runner:
         if self.accelerator.is_main_process:
             if best.scores:
                 best.restore()
-                record.chosen = {"step": best.chosen, "scores": {str(k): v for k, v in best.scores.items()}}
+                by_loss = {"by": "held-out loss", "stopped": max(best.scores)} if best.patience else {}
+                scores = {str(k): v for k, v in best.scores.items()}
+                record.chosen = by_loss | {"step": best.chosen, "scores": scores}
+            self.measure_validation("loss")
             folder = self.out / "adapters" / f"{record.id}-s{record.seed}"
             record.adapter_bytes = saving.save(self.attached, folder, **self.adapter_card())
             outcomes = self.score(self.attached, self.accelerator.device, pack_scores)
@@ -277,21 +287,43 @@ class Runner:
             for example in map(self.example_maker(e.task, e.rows.test, e.rows.fewshot), e.rows.test)
         ]
 
-    def measure_held_out(self, key: str) -> None:
-        """In a trial, fill in `held_out[key]`: the loss of the model in its present state on held-out rows.
+    @cached_property
+    def validation_examples(self) -> list[batches.Example]:
+        """The examples of the rows that are kept out of training."""
+        return [
+            example
+            for v in self.plan.data.validation_sets
+            for example in map(self.example_maker(v.task, v.rows, v.fewshot), v.rows)
+        ]
 
-        It is the mean per target token or, with a head, per row; None where it is not finite.
-        """
+    def measure_held_out(self, key: str) -> None:
+        """In a trial, fill in `held_out[key]`: the loss of the model in its present state (`loss_on`)."""
         if self.record.held_out is None:
             return
         if key == "start_loss" and (known := self.plan.request.start_loss) is not None:
             self.record.held_out[key] = known  # by another trial of this seed
             return
-        examples, model = self.held_out_examples, self.loaded.model.eval()
+        examples = self.held_out_examples
+        self.record.held_out |= {"rows": len(examples), key: self.loss_on(examples)}
+
+    def measure_validation(self, key: str) -> None:
+        """Fill in `validation[key]`: the loss of the model in its present state on rows kept out of training.
+
+        Only the main process measures it.
+        """
+        if self.record.validation is not None and self.accelerator.is_main_process:
+            self.record.validation[key] = self.loss_on(self.validation_examples)
+
+    def loss_on(self, examples: list[batches.Example]) -> float | None:
+        """The loss of the model in its present state: the mean per target token or, with a head, per row.
+
+        None where it is not finite.
+        """
+        model = self.loaded.model.eval()
         self.attached.adapter.eval()
         with self.autocast():
             loss, _ = retention.loss(model, examples, self.loaded.tokenizer.pad_token_id)
-        self.record.held_out |= {"rows": len(examples), key: round(loss, 6) if math.isfinite(loss) else None}
+        return round(loss, 6) if math.isfinite(loss) else None
 
     def autocast(self) -> Any:
         """The context manager of the run's precision."""
@@ -353,7 +385,7 @@ class Runner:
             for outcome in scores.outcomes
         ]
 
-    def selection_score(self, device: torch.device) -> float | None:
+    def selection_score(self) -> float | None:
         """The score on the rows by which the best checkpoint is selected (`selection.BestCheckpoint`)."""
         return self.to_score(self.scores({e.name: e.selection_rows for e in self.plan.eval_sets})).value
 

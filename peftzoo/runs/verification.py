@@ -66,6 +66,8 @@ def request_of(record: Record, **overrides: Any) -> Any:
         "limit": _limit_of(record.command), "max_new_tokens": record.max_new_tokens, "prune": record.prune,
         "retention": (record.retention or {}).get("task"), "tuning": record.tuning,
         "hold_out": _hold_out(record.data.get("held_out")),
+        "validation": (_hold_out(record.data.get("validation")) or (None,))[0],
+        "early_stop": (record.validation or {}).get("early_stop"),
     }  # fmt: skip
     return Request(**fields | {k: v for k, v in overrides.items() if v is not None})
 
@@ -80,7 +82,7 @@ def _limit_of(command: str) -> int | None:
 
 
 def _hold_out(facts: Any) -> tuple[int, int] | None:
-    """`Request.hold_out` of a search's trial, from `data.held_out` of its record; None for other runs."""
+    """(rows of each task, seed), from `data.held_out` or `data.validation` of a record; None without any."""
     try:
         return max(map(int, facts["rows"])), int(facts["seed"])
     except (TypeError, KeyError, ValueError):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from peftzoo.errors import UserError
 from peftzoo.records.schema import Record
 from peftzoo.runs.plan import Plan, Request
-from peftzoo.tasks import overlap
+from peftzoo.tasks import overlap, splits
 
 LAST_ROUND_SEEDS = 3
 """With so many seeds the best values are compared before one is chosen by its held-out loss."""
@@ -132,8 +132,8 @@ def rows_to_hold_out(plan: Plan, wanted: int) -> int:
 
     Raises `UserError` where a task has fewer than two.
     """
-    different = [len({*overlap.texts(t.task, t.rows)}) for t in plan.data.train_sets]
-    count = min([wanted, *(n // 2 for n in different)])
+    texts = [overlap.texts(t.task, t.rows) for t in plan.data.train_sets]
+    count = min(wanted, splits.half_of_different(texts))
     if count < 1:
         raise UserError(
             f'task "{plan.task_group.name}": too few different training rows to hold some out: take another '

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -20,10 +20,13 @@ from pydantic import (
 
 from peftzoo.contract import registry
 from peftzoo.errors import UserError, nearest, unknown
-from peftzoo.runs import packs
-from peftzoo.runs.plan import Request
+from peftzoo.runs import quick_checks
 from peftzoo.tasks import task_files
 from peftzoo.training.config import TrainConfig
+from peftzoo.units import parse_pack_size
+
+if TYPE_CHECKING:
+    from peftzoo.runs.plan import Request
 
 TRAIN_KEYS = {*TrainConfig.model_fields, "epochs"} - {"precision"}
 SEARCHABLE_KEYS = {"lr", "head_lr", "schedule", "warmup", "clip"}
@@ -123,13 +126,15 @@ class Sweep(_Strict):
     prune: str | None = None
     max_new_tokens: int | None = None
     save_every: int = 50
+    hold_out: int | None = Field(None, ge=1)
+    early_stop: int | None = None
     pack: str = "1"
     search: Search | None = None
 
     @field_validator("pack", mode="before")
     @classmethod
     def _pack(cls, value: Any) -> str:
-        packs.parse_pack_size("pack", str(value))
+        parse_pack_size("pack", str(value))
         return str(value)
 
     @property
@@ -139,6 +144,8 @@ class Sweep(_Strict):
 
     def requests(self) -> list[Request]:
         """Every run once, in the order of tasks, models, methods with their grids, and seeds."""
+        from peftzoo.runs.plan import Request  # here: a wrong file is told before anything heavy is imported
+
         methods = registry.methods() if "all" in self.methods else self.methods
         options, train = self._options(methods), self._train()
         common = self.model_dump(
@@ -151,8 +158,9 @@ class Sweep(_Strict):
                 "prune",
                 "max_new_tokens",
                 "save_every",
+                "early_stop",
             }
-        )
+        ) | {"validation": self.hold_out}
         tasks = task_files.expand(task_files.tasks() if "all" in self.tasks else self.tasks)
         requests = [
             Request(method=m, task=t, model=model, seed=s, options=o, train=g, **common)
@@ -190,8 +198,26 @@ class Sweep(_Strict):
             raise UserError(f"steps and train.{min(duplicates)} say the same: keep one of them")
         return self.train | {"steps": self.steps}
 
+    def check_values(self) -> None:
+        """Raise the `UserError` of a value that can be told to be wrong in a moment (`quick_checks`)."""
+        if "all" not in self.methods:
+            quick_checks.check_methods(self.methods)
+        if "all" not in self.tasks:
+            quick_checks.check_tasks(self.tasks)
+            quick_checks.check_protocol(self.protocol, task_files.expand(self.tasks))
+        if not self.selects_by_group:
+            for model in self.models:
+                quick_checks.check_model(model)
+                quick_checks.check_data(model, self.source, self.data)
+        quick_checks.check_model(None, self.prune)
+        for settings in grid(self._train()):
+            quick_checks.check_training(settings)
+
     def check_search(self) -> None:
-        """Raise `UserError` for a grid beside the search, or an unknown key or method in its space."""
+        """Raise `UserError` for a grid or held-out rows beside the search, or a wrong key in its space."""
+        for key in ("hold_out", "early_stop"):
+            if getattr(self, key) is not None:
+                raise UserError(f"{key} and search: a search holds rows of its own out; keep one of them")
         grids = [f"set.{k}" for k, v in self.set.items() if _has_list(v)]
         grids += [f"train.{k}" for k, v in (self.train | {"steps": self.steps}).items() if _has_list(v)]
         if grids:
@@ -235,6 +261,7 @@ def read(path: Path) -> Sweep:
         sweep = Sweep.model_validate(raw)
         if sweep.search:
             sweep.check_search()
+        sweep.check_values()
         sweep.requests()
         return sweep
     except ValidationError as error:

@@ -40,11 +40,15 @@ class TrainSet:
 
 @dataclass
 class RunData:
-    """What a run trains on and is scored on; `info` is what the record says of it."""
+    """What a run trains on and is scored on; `info` is what the record says of it.
+
+    `validation_sets`: rows taken from the train sets, one set for each, on which only the loss is measured.
+    """
 
     eval_sets: list[EvalSet]
     train_sets: list[TrainSet]
     info: dict[str, Any] = field(default_factory=dict)
+    validation_sets: list[TrainSet] = field(default_factory=list)
 
     @property
     def trained_rows(self) -> int:

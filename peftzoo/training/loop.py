@@ -71,7 +71,8 @@ class Loop:
     `pad` is the padding token's id. With `checkpoint_path`, a checkpoint is written there every `save_every`
     steps, and the next run goes on from it. `order`: the example numbers of each step, in place of an order
     drawn from the seed. Callbacks: `on_batch(rows)` before each step, `on_step(step, total, loss,
-    tokens_per_second)` after it, and `on_eval(step)` after each step in `eval_at`, which is not timed.
+    tokens_per_second)` after it, and `on_eval(step)` after each step in `eval_at`, which is not timed; where
+    that returns True, training ends.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Loop:
         order: list[list[int]] | None = None,
         on_batch: Callable[[list[int]], None] = lambda rows: None,
         eval_at: Sequence[int] = (),
-        on_eval: Callable[[int], None] = lambda step: None,
+        on_eval: Callable[[int], bool | None] = lambda step: None,
     ) -> None:
         from transformers import get_scheduler
 
@@ -137,7 +138,9 @@ class Loop:
                 self._step(step, total)
                 if step in self.eval_at:
                     with peak.paused(), energy.paused():
-                        self._evaluate(step)
+                        stop = self._evaluate(step)
+                    if stop:
+                        break
                 self.save(step)
         self.attached.model.eval()
         self.attached.adapter.eval()
@@ -146,15 +149,20 @@ class Loop:
         stats.energy_joules = None if start else energy.joules  # a resumed run measures only its last part
         return stats
 
-    def _evaluate(self, step: int) -> None:
-        """Call `on_eval` with model and adapter in eval mode; the training's random state does not change."""
+    def _evaluate(self, step: int) -> bool:
+        """Call `on_eval` with model and adapter in eval mode; the training's random state does not change.
+
+        The main process calls it, and every process returns whether it asked to stop.
+        """
         self.attached.model.eval()
         self.attached.adapter.eval()
+        stop = torch.zeros((), device=self.accelerator.device)
         with torch.random.fork_rng():
             if self.accelerator.is_main_process:
-                self.on_eval(step)
-        self.accelerator.wait_for_everyone()
+                stop += bool(self.on_eval(step))
+        stops = bool(self.accelerator.reduce(stop, "sum"))  # the others wait here
         self.module.train()
+        return stops
 
     def _step(self, step: int, total: int) -> None:
         """One optimiser step, and what is measured of it."""
