@@ -17,6 +17,17 @@ class NeedsWeights(UserError):
     """The method cannot be attached to a model on the meta device; with the model's weights it may work."""
 
 
+EXTRAS = {"peft": ("HF PEFT", "peft"), "optuna": ("Optuna", "search"), "ray": ("Ray", "ray"),
+          "trackio": ("trackio", "trackio")}  # fmt: skip
+"""Package that only an extra brings -> its name in words, and the extra."""
+
+
+def not_installed(package: str) -> UserError:
+    """The error for a package of `EXTRAS` that cannot be imported, to be raised by the caller."""
+    name, extra = EXTRAS[package]
+    return UserError(f'{name} is not installed: pip install "peftzoo[{extra}]"')
+
+
 def nearest(wrong: str, known: Iterable[str]) -> str:
     """`did you mean "lora"?` with the closest name of `known`, or "" if none is close."""
     known = sorted(set(known))

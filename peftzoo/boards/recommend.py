@@ -13,18 +13,33 @@ from peftzoo.errors import unknown
 from peftzoo.records.schema import Record
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What was not measured, in words, and the names that it is about."""
+
+    text: str
+    names: tuple[str, ...] = ()
+
+    def sentence(self, most: int | None = None) -> str:
+        """The words with the names, at most so many of them."""
+        if most is None or len(self.names) <= most + 1:  # "and 1 more" is no shorter than its name
+            return f"{self.text}: {', '.join(self.names)}" if self.names else self.text
+        more = len(self.names) - most
+        return f"{self.text}: {', '.join(self.names[:most])} and {more} more (--json names all)"
+
+
 @dataclass
 class Advice:
     """The tables of matching tasks with their rows within the budget, best first.
 
-    `over_budget` counts rows above the budget, `unknown` rows whose cost is not on record; `missing` are
-    sentences on what was not measured.
+    `over_budget` counts rows above the budget, `unknown` rows whose cost is not on record; `missing` says
+    what was not measured.
     """
 
     tables: list[tuple[dict[str, Any], pd.DataFrame]] = field(default_factory=list)
     over_budget: int = 0
     unknown: int = 0
-    missing: list[str] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
 
 
 def matches_task(record: Record, task: str) -> bool:
@@ -69,20 +84,21 @@ def recommend(records: list[Record], model: str, task: str, max_trainable: int |
     return advice
 
 
-def _not_measured(of_model: list[Record], matches: dict[str, bool], advice: Advice) -> list[str]:
-    """Sentences on methods without runs, too few seeds, generated data and tasks that do not match."""
+def _not_measured(of_model: list[Record], matches: dict[str, bool], advice: Advice) -> list[Missing]:
+    """Methods without runs, too few seeds, generated data and tasks that do not match."""
     from peftzoo.contract import registry
 
-    sentences = []
+    missing = []
     measured = {r.method for r in of_model if matches[r.task]}
     if unmeasured := sorted(set(registry.methods()) - measured):
-        sentences.append(f"{len(unmeasured)} methods have no run here: {', '.join(unmeasured)}")
+        missing.append(Missing(f"{len(unmeasured)} methods have no run here", tuple(unmeasured)))
     few_seeds = {m for _, t in advice.tables for m in t[t["seeds"] < ranks.MIN_SEEDS]["method"]}
     if few_seeds:
-        sentences.append(f"fewer than {ranks.MIN_SEEDS} seeds, so not ranked: {', '.join(sorted(few_seeds))}")
+        text = f"fewer than {ranks.MIN_SEEDS} seeds, so not ranked"
+        missing.append(Missing(text, tuple(sorted(few_seeds))))
     if any(shared["source"] == "embedded" for shared, _ in advice.tables):
-        sentences.append("embedded data is generated: it tells little of real data")
+        missing.append(Missing("embedded data is generated: it tells little of real data"))
     others = sorted(name for name, match in matches.items() if not match)
     if others:
-        sentences.append(f"other tasks on record, not looked at: {', '.join(others)}")
-    return sentences
+        missing.append(Missing("other tasks on record, not looked at", tuple(others)))
+    return missing

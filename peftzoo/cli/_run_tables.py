@@ -18,7 +18,18 @@ def score_or_reason(record: Any) -> str:
         return f"{loss}, lr {config['lr']:g}, {config['steps']} steps"
     if record.result is None:
         return record.reason or ""
-    return f"{record.result.metric} {output.format_number(record.result.value)}"
+    text = f"{record.result.metric} {output.format_number(record.result.value)}"
+    return f"{text}; {rise}" if (rise := breakdown(record)) else text
+
+
+def breakdown(record: Any) -> str:
+    """What is said of a run whose loss on held-out rows ended above where it began; "" for any other."""
+    losses = record.validation or {}
+    loss, began = losses.get("loss"), losses.get("start_loss")
+    if "loss" not in losses or (loss is not None and (began is None or loss <= began)):
+        return ""
+    end = "not finite" if loss is None else output.format_number(loss)
+    return f"breakdown: held-out loss {end}, began at {output.format_number(began)}; try a lower --lr"
 
 
 def print_results(results: list[Any], json: bool, groups: dict[str, tuple[str, ...]]) -> None:
@@ -40,19 +51,20 @@ def print_results(results: list[Any], json: bool, groups: dict[str, tuple[str, .
     for name, members in groups.items():
         _print_group_mean(name, members, [record for record, _, _ in results])
     for record, path, _ in results:
-        print(f"{record.status}: {path}" + (f" ({record.reason})" if record.reason else ""))
+        reason = record.reason or breakdown(record)
+        print(f"{record.status}: {path}" + (f" ({reason})" if reason else ""))
     _print_next([record for record, _, _ in results], results[0][1])
 
 
 # -- a row a run ----------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "method", "seed", "score", "+-", "setting", "unmerged", "unparsed", "forgets", "zeros", "trained",
-    "step ms", "pack ms", "tok/s", "MiB", "ms/token",
+    "method", "seed", "score", "+-", "setting", "unmerged", "unparsed", "held out", "stopped", "forgets",
+    "zeros", "trained", "step ms", "pack ms", "tok/s", "MiB", "ms/token",
 )  # fmt: skip
 """The first three always, the others where a run has something to say."""
 TEXT = ("method", "setting")
-OPTIONAL = ("unparsed", "MiB", "step ms", "ms/token", "tok/s")
+OPTIONAL = ("unparsed", "MiB", "stopped", "step ms", "ms/token", "tok/s")
 """Left out on a narrow terminal, the last one first."""
 
 
@@ -78,6 +90,8 @@ def _print_runs(task: str, records: list[Any]) -> None:
 
 MEANINGS = {
     "MiB": "memory of training, as computed",
+    "held out": "loss of the reported state on training rows that were kept out",
+    "stopped": "the last step / the step with the lowest loss on these rows, whose state is reported",
     "forgets": "rise of the loss on the text of --retention, nats per token",
     "zeros": "share of zero weights after merging",
     "pack ms": "a step of the whole pack, of as many runs as the number behind it",
@@ -90,11 +104,14 @@ def _row(r: Any, setting: str) -> list[Any]:
     memory, packed, kept = r.memory.get("computed_total"), r.packed or {}, r.retention or {}
     forgets = kept["loss"] - kept["base_loss"] if {"loss", "base_loss"} <= kept.keys() else None
     zeros = r.sparsity.get("merged", r.sparsity.get("pruned"))
+    losses, chosen = r.validation or {}, r.chosen or {}
+    stopped = f"{chosen['stopped']} / {chosen['step']}" if "stopped" in chosen else ""
     pack_ms = f"{packed['step_ms']:.1f} / {packed['runs']:.0f}" if packed.get("step_ms") else ""
     return [
         r.method, r.seed, output.format_number(r.result.value) if r.result else r.status,
         output.format_number(r.result.stderr) if r.result else "", setting, _unmerged(r),
         output.format_number(r.result.unparsed, 2) if r.result else "",
+        output.format_number(losses.get("loss")), stopped,
         "" if forgets is None else f"{forgets:+.3f}", output.format_number(zeros),
         output.format_count(r.trainable_params), output.format_number(r.step_time.get("median_ms"), 1),
         pack_ms, output.format_number(r.tokens_per_second, 0),

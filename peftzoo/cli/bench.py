@@ -35,10 +35,19 @@ def bench(
     warmup: float = typer.Option(None, help="Warm-up, as a share of the steps (default 0.06)."),
     clip: float = typer.Option(None, help="Largest gradient norm (default 1)."),
     max_length: int = typer.Option(None, help="Tokens per row, at most."),
-    max_new_tokens: int = typer.Option(None, help="Tokens per generated answer, at most."),
+    max_new_tokens: int = typer.Option(None, min=1, help="Tokens per generated answer, at most."),
     train_on_prompt: bool = typer.Option(False, "--train-on-prompt", help="Loss on the prompt too."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16."),
-    limit: int = typer.Option(None, help="Score only the first rows."),
+    hold_out: int = typer.Option(None, min=1, help="Training rows of each task kept out, for their loss."),
+    early_stop: int = typer.Option(
+        None,
+        min=1,
+        max=20,
+        metavar="K",
+        help="Stop after K of 20 checks without a lower loss on --hold-out rows (default 1000, at most half) "
+        "and report the state with the lowest.",
+    ),
+    limit: int = typer.Option(None, min=1, help="Score only the first rows."),
     eval_batch: int = typer.Option(32, min=1, help="Rows per scoring batch."),
     prune: str = typer.Option(None, help="Prune the base model first: magnitude:0.5, wanda:0.5, wanda:2:4."),
     retention: str = typer.Option(None, metavar="TASK", help="Loss on this task's text, before and after."),
@@ -58,22 +67,20 @@ def bench(
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
-    """Train and score each method on each task, write a record per run."""
+    """Train and score methods on tasks, and write a record per run."""
     from peftzoo.contract.registry import methods
     from peftzoo.errors import UserError
+    from peftzoo.runs import quick_checks
+    from peftzoo.runs.trackers import make_tracker
     from peftzoo.tasks import task_files
+    from peftzoo.units import parse_pack_size
 
     output.load_plugins(plugin)
     task_names = output.parse_names(task, task_files.tasks(), "task")
     members = {name: tuple(task_files.expand([name])) for name in task_names}
     method_names = output.parse_names(method, methods(), "method")
     options = output.parse_set(set_, method_names)
-    _check_names(method_names)
-    output.make_folder(out)
-    from peftzoo.runs.packs import parse_pack_size  # heavy: a wrong name is told before
-    from peftzoo.runs.plan import Request, resolve
-    from peftzoo.runs.trackers import make_tracker
-
+    seed_numbers = output.parse_seeds(seeds)
     if epochs is not None and steps is not None:
         raise UserError(f"--epochs {epochs:g} and --steps {steps} say the same: keep one of them")
     train = {
@@ -81,28 +88,44 @@ def bench(
         "head_lr": head_lr, "schedule": schedule, "warmup": warmup, "clip": clip, "max_length": max_length,
         "train_on_prompt": train_on_prompt or None,
     }  # fmt: skip
-    common = {
-        "model": model, "protocol": protocol, "preset": preset,
-        "train": {k: v for k, v in train.items() if v is not None},
-        "precision": _precision(precision), "source": source, "data": data, "limit": limit,
-        "max_new_tokens": max_new_tokens, "eval_batch": eval_batch, "prune": prune, "retention": retention,
-        "trust_remote_code": trust_remote_code, "trust_task_code": trust_task_code,
-    }  # fmt: skip
+    quick_checks.check_methods(method_names)
+    quick_checks.check_tasks([*task_names, *filter(None, [retention])])
+    quick_checks.check_protocol(protocol, task_files.expand(task_names))
+    quick_checks.check_model(model, prune)
+    quick_checks.check_data(model, source, data)
+    quick_checks.check_training(train, precision)
     make_tracker(track)
+    if track == "trackio":
+        quick_checks.check_installed(track)
     size, memory_budget = parse_pack_size("--pack", pack)
     if size == 1 and score_together is not None:
         raise UserError("--score-together and --score-apart are for packs: add --pack N")
     if size != 1 and track != "none":
         raise UserError("--pack and --track: the curves of a pack are not sent; leave one of them out")
+    output.make_folder(out)
+    from peftzoo.runs.plan import Request, resolve  # heavy: what is wrong above is told before
+    from peftzoo.runs.run import is_on_record, new_record
+
+    common = {
+        "model": model, "protocol": protocol, "preset": preset,
+        "train": {k: v for k, v in train.items() if v is not None},
+        "precision": precision, "source": source, "data": data, "limit": limit,
+        "max_new_tokens": max_new_tokens, "eval_batch": eval_batch, "prune": prune, "retention": retention,
+        "trust_remote_code": trust_remote_code, "trust_task_code": trust_task_code,
+        "validation": hold_out, "early_stop": early_stop,
+    }  # fmt: skip
     groups = {name: tasks for name, tasks in members.items() if tasks != (name,)}
     requests = [
         Request(method=m, task=t, seed=s, options=options[m], **common)
         for t in task_files.expand(task_names)
         for m in method_names
-        for s in _seeds(seeds)
+        for s in seed_numbers
     ]
     with redirect_stdout(sys.stderr):
-        plans, notes = resolve(requests, skip="all" in (method, task) or bool(groups))
+        plans, notes = resolve(
+            requests, skip="all" in (method, task) or bool(groups),
+            done=lambda plan: not force and is_on_record(out, new_record(plan)),
+        )  # fmt: skip
         for note in notes:
             output.note(note)
         if size == 1:
@@ -119,37 +142,6 @@ def bench(
         _run_tables.print_results(results, json, groups)
     if any(record.status != "ok" for record, _, _ in results):
         raise typer.Exit(1)
-
-
-def _check_names(names: list[str]) -> None:
-    """Raise the `UserError` of a method that does not exist."""
-    from peftzoo.contract import registry
-
-    for name in names:
-        if name not in registry.methods() and ":" not in name:
-            registry.get(name)
-
-
-def _precision(text: str) -> str:
-    """Check the value of `--precision`."""
-    from peftzoo.errors import UserError
-
-    if text not in ("auto", "fp32", "bf16"):
-        raise UserError(f'precision "{text}": one of auto, fp32, bf16')
-    return text
-
-
-def _seeds(text: str) -> list[int]:
-    """The seeds of `--seeds`, each once."""
-    from peftzoo.errors import UserError
-
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f'--seeds "{text}": whole numbers with commas, for example 0,1,2') from None
-    if any(not 0 <= s < 2**31 for s in seeds):
-        raise UserError(f'--seeds "{text}": each from 0 to {2**31 - 1}')
-    return list(dict.fromkeys(seeds))
 
 
 def _is_main_process() -> bool:

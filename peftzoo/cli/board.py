@@ -29,22 +29,23 @@ def board(
 ) -> None:
     """Rank what may be compared: Markdown, CSV, static pages.
 
-    A table per task, model, data source, protocol, budget and device.
+    A table per task, model, data source, protocol, budget and device; tuned runs beside their defaults.
     """
-    from peftzoo.adapters import write_atomically
-    from peftzoo.boards import external_results, formats, pages, replications
-    from peftzoo.boards import tables as engine
-
     for option, folder in (("--out", out), ("--html", html)):
         if folder is not None:
             output.make_folder(folder, option)
+    if import_peft is None:
+        results = output.results_folder(results)
+    from peftzoo.adapters import write_atomically
+    from peftzoo.boards import external_results, formats, pages, replications, tuning  # heavy
+    from peftzoo.boards import tables as engine
+
     if import_peft is not None:
         _print_external(external_results.read_all(import_peft), out, json)
         return
     notes: list[str] = []
-    results = output.results_folder(results)
     records = _read_records(results, notes)
-    tables = engine.tables(records, baseline, notes.append)
+    tables = tuning.beside_default(engine.tables(records, baseline, notes.append))
     for note in notes:
         output.note(f"skipped: {note}")
     if json:

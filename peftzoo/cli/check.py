@@ -20,7 +20,7 @@ def check(
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
-    """Run every conformance check on tiny BERT, Llama and GPT-2 models."""
+    """Run all conformance checks on tiny BERT, Llama, GPT-2 models."""
     from peftzoo import conform
     from peftzoo.contract import registry
 
@@ -50,12 +50,12 @@ def check(
     for m, r in failed:
         output.note(f"failed: {m}, {r.check} on {r.arch}: {r.reason}")
     if not json:
-        _print_verdict(results_by_method)
+        _print_verdict(results_by_method, plugin)
     if failed:
         raise typer.Exit(1)
 
 
-def _print_verdict(results_by_method: dict[str, list]) -> None:
+def _print_verdict(results_by_method: dict[str, list], plugin: list[str]) -> None:
     """Print in one line which methods hold, and what to do next."""
     bad = [m for m, results in results_by_method.items() if any(r.outcome == "failed" for r in results)]
     if bad:
@@ -64,7 +64,8 @@ def _print_verdict(results_by_method: dict[str, list]) -> None:
     elif len(results_by_method) == 1:
         (name,) = results_by_method
         print(f"{name} passes every check.")
-        output.next_step(f"peftzoo bench --method {name} --task gsm8k")
+        files = "".join(f" --plugin {file}" for file in plugin)
+        output.next_step(f"peftzoo bench --method {name} --task gsm8k{files}")
     else:
         print(f"All {len(results_by_method)} methods pass every check.")
         output.next_step("peftzoo bench --method all --task gsm8k")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -85,11 +86,15 @@ def _quiet_option() -> Any:
 
 
 def command() -> Any:
-    """The program as a click command, with `--quiet` in each of its commands."""
+    """The program as a click command, with `--quiet` in each of its commands.
+
+    Its overview has the first sentence of each command's help, whole: without `short_help` it would be cut.
+    """
     root = typer.main.get_command(app)
     groups = [root]
     while groups:
         for child in groups.pop().commands.values():
+            child.short_help = re.split(r"(?<=\.)\s", child.help or "", maxsplit=1)[0]
             if hasattr(child, "commands"):
                 groups.append(child)
             else:
@@ -137,5 +142,8 @@ def _usage_error(error: Any) -> str:
 
 
 def _exit_with_error(message: str, code: int) -> None:
+    """Print the error and exit; with `--json` the error is the one document on standard output, too."""
+    if "--json" in sys.argv[1:]:
+        output.print_json({"error": message})
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

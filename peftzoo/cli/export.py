@@ -31,20 +31,29 @@ def export(
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
-    """Write an adapter for HF PEFT, as a plain LoRA for servers, or merged into its model."""
+    """Write an adapter for HF PEFT, as a plain LoRA, or merged.
+
+    A plain LoRA is for servers; merged is the whole model, with the adapter in its weights.
+    """
+    from peftzoo.adapters import atomic
     from peftzoo.errors import UserError, unknown
-    from peftzoo.interop import export as engine
-    from peftzoo.interop import saved_runs
-    from peftzoo.records import store
+    from peftzoo.records import saved_adapters, store
+    from peftzoo.runs import quick_checks
 
     if to not in FORMATS:
         raise unknown("form", to, FORMATS)
     if rank is not None and to != "lora":
         raise UserError(f"--rank {rank}: only --to lora has a rank to choose")
+    if to != "merged":
+        quick_checks.check_installed("peft")
+    quick_checks.check_model(model)
+    atomic.assert_new(out)
+    folder = saved_adapters.find(what, [results] if results else store.folders_with_records())
     output.load_plugins(plugin)
-    engine.assert_new(out)
+    from peftzoo.interop import export as engine  # heavy: what is wrong above is told before
+    from peftzoo.interop import saved_runs
+
     with redirect_stdout(sys.stderr):
-        folder = saved_runs.find(what, [results] if results else store.folders_with_records())
         output.note(f"adapter: {folder}")
         opened = saved_runs.load(folder, model)
         if to != "merged" and opened.card.get("prune"):

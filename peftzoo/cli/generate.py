@@ -42,27 +42,36 @@ def generate(
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
-    """Train one generator on several tasks; per task, compare context and weights.
+    """Train one generator of weights on several tasks, and compare.
 
-    Each description is read once, its weights are merged, and the model runs without it.
+    Compared are a description in the context and in the weights: each description is read once, its weights
+    are merged, and the model runs without it.
     """
     from peftzoo.errors import UserError
-    from peftzoo.runs import adapter_generation as engine
+    from peftzoo.runs import quick_checks
     from peftzoo.tasks import task_files
 
     output.load_plugins(plugin)
+    known, train = task_files.tasks(), {"steps": steps, "batch_size": batch_size, "lr": lr}
+    trained_on = output.parse_names(tasks, known, "tasks")
+    described_only = output.parse_names(unseen, known, "unseen") if unseen else []
+    options = output.parse_set(set_, [method])[method]
+    quick_checks.check_methods([method])
+    quick_checks.check_tasks([*trained_on, *described_only])
+    quick_checks.check_model(model)
+    quick_checks.check_data(model, source, data)
+    quick_checks.check_training(train, precision)
     for name, folder in (("out", out), ("page", page.parent if page else out)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f'--{name} "{folder}": {error.strerror}') from None
-    known = task_files.tasks()
+    from peftzoo.runs import adapter_generation as engine  # heavy: what is wrong above is told before
+
     request = engine.Request(
-        method=method, model=model, seed=seed, shots=shots, options=output.parse_set(set_, [method])[method],
-        tasks=tuple(task_files.expand(output.parse_names(tasks, known, "tasks"))),
-        unseen=tuple(task_files.expand(output.parse_names(unseen, known, "unseen"))) if unseen else (),
-        train={"steps": steps, "batch_size": batch_size, "lr": lr},
-        precision=precision, limit=limit, data=data, source=source,
+        method=method, model=model, seed=seed, shots=shots, options=options,
+        tasks=tuple(task_files.expand(trained_on)), unseen=tuple(task_files.expand(described_only)),
+        train=train, precision=precision, limit=limit, data=data, source=source,
         trust_task_code=trust_task_code,
     )  # fmt: skip
     with redirect_stdout(sys.stderr), output.status_line("loading") as status:

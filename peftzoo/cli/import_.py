@@ -23,13 +23,20 @@ def import_(
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
-    """Read an adapter of HF PEFT: as our method where that computes the same, else as hf:TYPE."""
-    from peftzoo.adapters import saving
-    from peftzoo.interop import export as engine
+    """Read an adapter of HF PEFT.
+
+    As our method where that computes the same, else as hf:TYPE.
+    """
+    from peftzoo.adapters import atomic
+    from peftzoo.runs import quick_checks
+
+    atomic.assert_folder(folder, "a PEFT adapter")
+    atomic.assert_new(out)
+    quick_checks.check_model(model)
+    output.load_plugins(plugin)
+    from peftzoo.adapters import saving  # heavy: what is wrong above is told before
     from peftzoo.interop import peft_import, saved_runs
 
-    output.load_plugins(plugin)
-    engine.assert_new(out)
     with redirect_stdout(sys.stderr):
         peft_adapter = peft_import.read(folder)
         loaded = saved_runs.load_model(peft_adapter, model)

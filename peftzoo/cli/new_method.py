@@ -19,12 +19,14 @@ def new_method(
     out: Path = typer.Option(Path("methods"), help="Folder for the file."),
     json: bool = output.JSON,
 ) -> None:
-    """Write one plugin file that passes the checks, to be edited into your method."""
+    """Write a plugin file that passes the checks, for you to edit."""
+    from peftzoo.contract import registry
     from peftzoo.contract.scaffold import new_method as write
 
     path = write(name, out)
     if json:
         output.print_json({"name": name, "status": "ok", "file": str(path)})
     else:
-        print(f"wrote {path}")
-        output.next_step(f"peftzoo check {name} --plugin {path}")
+        found = name in registry.methods()  # written into the folder of peftzoo's own methods
+        print(f"wrote {path}" + (", where every command finds it" if found else ""))
+        output.next_step(f"peftzoo check {name}" + ("" if found else f" --plugin {path}"))

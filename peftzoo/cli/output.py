@@ -262,6 +262,19 @@ def parse_names(text: str, known: Iterable[str], what: str) -> list[str]:
     return chosen
 
 
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of `--seeds`, each once. Raises `UserError` for what is no list of whole numbers from 0."""
+    from peftzoo.errors import UserError
+
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f'--seeds "{text}": whole numbers with commas, for example 0,1,2') from None
+    if any(not 0 <= s < 2**31 for s in seeds):
+        raise UserError(f'--seeds "{text}": each from 0 to {2**31 - 1}')
+    return list(dict.fromkeys(seeds))
+
+
 def make_folder(path: Path, option: str = "--out") -> None:
     """Make the folder that an option names. Raises `UserError` if it cannot be made or written to."""
     from peftzoo.errors import UserError
@@ -291,11 +304,14 @@ def results_folder(named: Path | None, option: str = "results") -> Path:
     found = store.folders_with_records()
     if not found:
         raise UserError("no records here: make one with `peftzoo bench --method lora --task gsm8k`")
-    published = store.published_folder()
-    name = "the published records" if found[0] == published else f"the records in {found[0]}"
-    others = " (the published ones: name their folder)" if published in found[1:] else ""
-    note(f"reading {name}{others}")
-    return found[0]
+    folder, published = found[0], store.published_folder()
+    count = f"{sum(1 for _ in (folder / store.FOLDERS['ok']).rglob('*.json')):,}"
+    if folder == published:
+        note(f"reading the published records: {count} in {folder}")
+    else:
+        others = f" (the published ones are in {published})" if published in found[1:] else ""
+        note(f"reading the records in {folder}: {count}{others}")
+    return folder
 
 
 def read_records(folder: Path) -> list[Any]:

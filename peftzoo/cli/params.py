@@ -31,9 +31,13 @@ def params(
     """Count trainable parameters exactly; no weights are loaded."""
     from peftzoo.contract import registry
     from peftzoo.errors import UserError
+    from peftzoo.models import catalogue
+    from peftzoo.runs import quick_checks
 
     output.load_plugins(plugin)
     names = output.parse_names(method, registry.methods(), "method")
+    quick_checks.check_methods(names)
+    quick_checks.check_model(model, weights=False)
     if published:
         return _print_published(names, out, json)
     if out is not None:
@@ -47,13 +51,15 @@ def params(
                 raise
             rows.append({"name": f"{name}/{model}", "status": "failed", "method": name, "reason": str(error)})
     counted = [r for r in rows if r["status"] == "ok"]
-    if json:
-        output.print_json(rows)
-    elif counted:
-        _print_rows(model, rows, counted[0]["base_params"])
-        output.next_step(f"peftzoo bench --method {method} --task gsm8k --model {model}")
     if not counted:
         raise UserError(rows[0]["reason"])
+    if json:
+        output.print_json(rows)
+        return
+    _print_rows(model, rows, counted[0]["base_params"])
+    shape = None if model in catalogue.aliases() else catalogue.shapes().get(model)
+    with_weights = shape["hub"] if shape else model
+    output.next_step(f"peftzoo bench --method {method} --task gsm8k --model {with_weights}")
 
 
 def _count(name: str, model: str, preset: str | None, set_options: dict[str, str]) -> dict[str, Any]:

@@ -29,25 +29,27 @@ def power(
     results: Path = typer.Option(None, help="Folder of records (default: runs, else the published)."),
     json: bool = output.JSON,
 ) -> None:
-    """Say how many seeds it takes to find a difference, from records or from given deviations.
+    """Say how many seeds it takes to find a difference.
 
-    Found: significant at 5 % for the whole table, on 80 of 100 such tables.
+    From records, or from given deviations. Found: significant at 5 % for the whole table, on 80 of 100 such
+    tables.
     """
     from dataclasses import replace
 
-    from peftzoo.boards import formats
-    from peftzoo.boards import power as engine
     from peftzoo.errors import UserError
 
     if not 0 < difference < 1:
         raise UserError(f"--difference {difference:g}: above 0 and below 1, for example 0.02")
     if (task is None) == (seed_deviation is None):
         raise UserError("name --task for the deviations on record, or give --seed-deviation (and --rows)")
+    records = output.read_records(output.results_folder(results, "--results")) if task else []
+    from peftzoo.boards import formats  # heavy: what is wrong above is told before
+    from peftzoo.boards import power as engine
+
     if task is None:
         design = engine.of_deviations(seed_deviation, flips, rows or 1000, methods or 10, method_flips)
-        designs: list[tuple[Any, engine.Design]] = [(None, design)]
+        designs: list[tuple[Any, Any]] = [(None, design)]
     else:
-        records = output.read_records(output.results_folder(results, "--results"))
         found = engine.of_records(records, task, model)
         designs = [
             (shared, replace(d, rows=rows or d.rows, methods=methods or d.methods)) for shared, d in found

@@ -32,18 +32,26 @@ def profile(
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
-    """Measure training steps as ratios to the frozen model's forward and backward pass.
+    """Measure training steps as ratios to those of the frozen model.
 
-    Methods for linear layers are measured on all of them, so that their steps compare; --set targets=...
-    chooses others.
+    Time and memory of a forward and backward pass. Methods for linear layers are measured on all of them, so
+    that their steps compare; --set targets=... chooses others.
     """
     from peftzoo.contract import registry
-    from peftzoo.errors import UserError
-    from peftzoo.measuring import step_profile as engine
+    from peftzoo.errors import UserError, unknown
+    from peftzoo.runs import quick_checks
 
     output.load_plugins(plugin)
     chosen = output.parse_names(method, registry.methods(), "method")
     set_options = output.parse_set(set_, chosen)
+    quick_checks.check_methods(chosen)
+    quick_checks.check_model(model)
+    if against not in (None, "peft"):
+        raise unknown("rival", against, ["peft"])
+    if against:
+        quick_checks.check_installed(against)
+    from peftzoo.measuring import step_profile as engine  # heavy: what is wrong above is told before
+
     options: dict[str, dict[str, str]] = {}
     for name in chosen:
         try:

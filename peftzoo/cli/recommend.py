@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from peftzoo.cli import output
+from peftzoo.cli import _run_tables, output
 
 
 def add(app: typer.Typer) -> None:
@@ -29,8 +29,6 @@ def recommend(
 
     Best mean first, with what is missing; nothing is extrapolated.
     """
-    from peftzoo.boards import formats
-    from peftzoo.boards import recommend as engine
     from peftzoo.units import amount
 
     limits = [
@@ -38,11 +36,14 @@ def recommend(
         for option, text in (("--max-trainable", max_trainable), ("--max-train-memory", max_train_memory))
     ]
     records = output.read_records(output.results_folder(results, "--results"))
+    from peftzoo.boards import formats  # heavy: what is wrong above is told before
+    from peftzoo.boards import recommend as engine
+
     advice = engine.recommend(records, model, task_like, *limits)
     if json:
         output.print_json({
             "tables": formats.as_rows(advice.tables), "beyond_budget": advice.over_budget,
-            "unknown_cost": advice.unknown, "missing": advice.missing,
+            "unknown_cost": advice.unknown, "missing": [m.sentence() for m in advice.missing],
         })  # fmt: skip
         return
     columns = ("rank", "method", "score", "+-95 %", "seeds", "trained", "memory MiB", "step ms", "options")
@@ -52,7 +53,8 @@ def recommend(
              output.format_number(_none_if_nan(r["ci95"])), r["seeds"],
              output.format_count(None if _none_if_nan(r["trained"]) is None else int(r["trained"])),
              output.format_number(_none_if_nan(r["memory_mib"]), 0),
-             output.format_number(_none_if_nan(r["step_ms"]), 1), r["options"]]
+             output.format_number(_none_if_nan(r["step_ms"]), 1),
+             _run_tables.changed_options(r["records"][0])]
             for interval, r in zip(
                 formats.rank_intervals(table.head(top)), table.head(top).to_dict("records"), strict=True)
         ]  # fmt: skip
@@ -65,8 +67,8 @@ def recommend(
     if not advice.tables:
         print("No measured row is within this budget.")
     print(f"Beyond the budget: {advice.over_budget} rows; cost not on record: {advice.unknown} rows.")
-    for line in advice.missing:
-        print(f"Missing: {line}.")
+    for missing in advice.missing:
+        print(f"Missing: {missing.sentence(most=3)}.")
     if advice.tables:
         facts, table = advice.tables[0]
         best = table.iloc[0]["method"]

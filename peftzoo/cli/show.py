@@ -15,16 +15,19 @@ def add(app: typer.Typer) -> None:
     app.command(epilog="Example: peftzoo show unilora")(show)
 
 
-def show(name: str = typer.Argument(..., help="A method or a task."), json: bool = output.JSON,
+def show(name: str = typer.Argument(..., help="A method, a task or a group."), json: bool = output.JSON,
           plugin: list[str] = output.PLUGIN) -> None:  # fmt: skip
-    """Show one method (equation, paper, options) or one task (prompt, metric, settings)."""
+    """Show one method, one task, or one group of tasks.
+
+    Of a method the equation, paper and options, of a task the prompt, metric and settings.
+    """
     from peftzoo.contract import registry
     from peftzoo.errors import unknown
     from peftzoo.tasks import task_files
 
     output.load_plugins(plugin)
     if name in registry.methods() or ":" in name:
-        _show_method(name, json)
+        _show_method(name, json, "".join(f" --plugin {file}" for file in plugin))
     elif name in task_files.groups():
         _show_group(name, task_files.groups()[name], json)
     elif name in task_files.tasks() or name.endswith((".yaml", ".yml")):
@@ -34,8 +37,8 @@ def show(name: str = typer.Argument(..., help="A method or a task."), json: bool
         raise unknown("name", name, known, see="peftzoo list methods")
 
 
-def _show_method(name: str, json: bool) -> None:
-    """Print a method's card, options and presets."""
+def _show_method(name: str, json: bool, files: str) -> None:
+    """Print a method's card, options and presets; `files` are the options that load it."""
     from peftzoo.contract import registry
     from peftzoo.records import published
 
@@ -62,7 +65,7 @@ def _show_method(name: str, json: bool) -> None:
             "Published settings (--preset NAME)", ("preset", "options", "training", "source"), rows
         )
     print(f"Learning rate: {cls.lr:g} by default.\n")
-    output.next_step(f"peftzoo bench --method {name} --task gsm8k")
+    output.next_step(f"peftzoo bench --method {name} --task gsm8k{files}")
 
 
 def _pairs(settings: dict[str, Any]) -> str:

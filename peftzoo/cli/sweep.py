@@ -32,17 +32,21 @@ def sweep(
 ) -> None:
     """Do every run of a sweep. What is on record is not done again; what was interrupted goes on."""
     from peftzoo.errors import UserError, unknown
-    from peftzoo.runs import packs
-    from peftzoo.runs.plan import resolve
+    from peftzoo.runs import quick_checks
     from peftzoo.sweeps import sweep_file as engine
-    from peftzoo.sweeps.dry_run import plan_rows
+    from peftzoo.units import parse_pack_size
 
     if executor not in ("local", "ray"):
         raise unknown("executor", executor, ("local", "ray"))
     if address and executor != "ray":
         raise UserError(f'--address "{address}" is for --executor ray')
+    if executor == "ray":
+        quick_checks.check_installed("ray")
     output.load_plugins(plugin)
     spec = engine.read(file)
+    from peftzoo.runs.plan import resolve  # heavy: what is wrong above is told before
+    from peftzoo.sweeps.dry_run import plan_rows
+
     with redirect_stdout(sys.stderr):
         requests = [replace(r, trust_task_code=trust_task_code) for r in spec.requests()]
         plans, notes = resolve(requests, skip=spec.selects_by_group)
@@ -56,7 +60,7 @@ def sweep(
                 output.note(note)
         else:
             output.make_folder(out)
-            size = packs.parse_pack_size("pack", spec.pack)
+            size = parse_pack_size("pack", spec.pack)
             scheduler = run_sweep(
                 [p.request for p in plans], studies, out, workers, (executor, address), plugin, size
             )
@@ -105,9 +109,11 @@ def print_plan(plan: list[dict[str, Any]], json: bool) -> None:
         [r["method"], r["task"], r["model"], "" if r["times"] > 1 else r["seed"],
          f"{r['times']} {'trials' if r['kind'] == 'trial' else ''}".strip(), r["state"], r["steps"],
          r["batch_size"], f"{r['lr']:g}" if r["steps"] else "", r["options"], _hours(r["seconds"]),
-         _mib(r["memory"]), r["basis"]]
+         _mib(r["memory"]), "" if r["seconds"] is None else r["basis"]]
         for r in plan
     ]  # fmt: skip
+    empty = {i for i, name in enumerate(columns) if name in ESTIMATED and not any(row[i] for row in rows)}
+    columns, *rows = ([c for i, c in enumerate(line) if i not in empty] for line in (columns, *rows))
     right, optional = (
         ("seed", "steps", "batch", "lr", "time", "memory"),
         ("model", "steps", "batch", "lr", "estimate"),
@@ -119,24 +125,29 @@ def print_plan(plan: list[dict[str, Any]], json: bool) -> None:
         summary.append(f"{total['steps']:,} steps")
     if estimated:
         summary.append(f"{_hours(total['seconds'])} one after the other for {total['estimated']} of them")
-        summary.append(f"at most {_mib(total['memory'])} for one run")
+        summary.append(f"at most {_mib(total['memory']) or 'unknown memory'} for one run")
     if missing:
-        summary.append(f"time and memory of {missing} unknown")
+        which = f" for {missing} of them" if estimated else ""
+        summary.append(f"no like run on record{which}: time and memory are known after the first")
     print("; ".join(summary))
     output.next_step("the same command without --dry-run")
 
 
+ESTIMATED = ("time", "memory", "estimate")
+"""Columns of a plan that are left out where no run has an estimate."""
+
+
 def _hours(seconds: float | None) -> str:
-    """Seconds as `h:mm:ss`."""
+    """Seconds as `h:mm:ss`; "" for None."""
     if seconds is None:
-        return "unknown"
+        return ""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _mib(size: int | None) -> str:
-    """Bytes as MiB."""
-    return "unknown" if size is None else f"{size / 2**20:,.0f} MiB"
+    """Bytes as MiB; "" for None."""
+    return "" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
 def run_sweep(requests: list[Any], studies: list[Any], out: Path, workers: int | None,

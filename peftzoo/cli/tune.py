@@ -36,7 +36,7 @@ def tune(
     batch_size: int = typer.Option(None, min=1, help="Rows per step (default: the task's)."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16."),
     hold_out: int = typer.Option(1000, min=2, help="Training rows for the loss, at most half of them."),
-    limit: int = typer.Option(None, help="In the final runs score only the first rows."),
+    limit: int = typer.Option(None, min=1, help="In the final runs score only the first rows."),
     data: str = typer.Option(None, help="Folder of a local data mirror (or PEFTZOO_DATA)."),
     source: str = typer.Option(None, help="embedded, mirror or hub."),
     out: Path = typer.Option(Path("runs"), help="Folder for records and trials."),
@@ -49,25 +49,39 @@ def tune(
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
-    """Search the best values of each method by its loss on held-out training rows, then run them."""
-    from peftzoo.cli.bench import _precision, _seeds
+    """Search each method's best values, then run the method with them.
+
+    What decides is the loss on held-out training rows, never a score.
+    """
     from peftzoo.contract.registry import methods
-    from peftzoo.runs import packs
-    from peftzoo.runs.plan import Request, resolve
-    from peftzoo.sweeps.dry_run import plan_rows
+    from peftzoo.runs import quick_checks
     from peftzoo.tasks import task_files
+    from peftzoo.units import parse_pack_size
 
     output.load_plugins(plugin)
     names = output.parse_names(method, methods(), "method")
-    search = _search(lr_grid, trials, space, hold_out, names)
-    pack_size = packs.parse_pack_size("--pack", pack or _default_pack())
-    final_seeds, options = _seeds(seeds), output.parse_set(set_, names)
+    quick_checks.check_methods(names)
+    task_names = output.parse_names(task, task_files.tasks(), "task")
+    quick_checks.check_tasks(task_names)
+    tasks = task_files.expand(task_names)
+    final_seeds, options = output.parse_seeds(seeds), output.parse_set(set_, names)
     train = {k: v for k, v in (("steps", steps), ("batch_size", batch_size)) if v is not None}
-    tasks = task_files.expand(output.parse_names(task, task_files.tasks(), "task"))
+    quick_checks.check_model(model)
+    quick_checks.check_data(model, source, data)
+    quick_checks.check_training(train, precision)
+    search = _search(lr_grid, trials, space, hold_out, names)
+    if trials:
+        quick_checks.check_installed("optuna")
+    if pack:
+        parse_pack_size("--pack", pack)
+    from peftzoo.runs.plan import Request, resolve  # heavy: what is wrong above is told before
+    from peftzoo.sweeps.dry_run import plan_rows
+
+    pack_size = parse_pack_size("--pack", pack or _default_pack())
     requests = [
         Request(
             method=m, task=t, model=model, seed=final_seeds[0], options=options[m], train=train,
-            preset=preset, precision=_precision(precision), source=source, data=data, limit=limit,
+            preset=preset, precision=precision, source=source, data=data, limit=limit,
             trust_task_code=trust_task_code,
         )
         for t in tasks

@@ -35,11 +35,18 @@ def verify(
     """
     from peftzoo.errors import UserError
     from peftzoo.records import store
+    from peftzoo.runs import quick_checks
     from peftzoo.runs import verification as engine
 
     output.load_plugins(plugin)
+    quick_checks.check_tasks(filter(None, [task]))
+    quick_checks.check_model(model)
+    if data is not None:
+        quick_checks.check_data(model or "", "mirror", data)
     verified = store.find(record, store.folders_with_records())
-    output.note(f"record: {verified.file}")
+    published = store.published_folder()
+    whose = "record" if published is None or published not in verified.file.parents else "published record"
+    output.note(f"{whose}: {verified.file}")
     if verified.status != "ok":
         raise UserError(
             f"{record}: a {verified.status} run has no result to verify: choose one under records/"

@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import subprocess
 import sys
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +55,34 @@ def _installed_methods() -> dict[str, EntryPoint]:
 def methods() -> list[str]:
     """Names of all methods, sorted."""
     return sorted({*_builtin_methods(), *_installed_methods(), *_plugin_files})
+
+
+def origin(name: str) -> str:
+    """Where a method comes from: `peftzoo`, `package NAME`, or the path of its file.
+
+    A file in a checkout's `methods/` that git does not track is nobody's method but yours: its path is given.
+    """
+    if name in _plugin_files:
+        return str(sys.modules[_plugin_files[name].__module__].__file__)
+    if name in (installed := _installed_methods()):
+        return f"package {installed[name].dist.name}" if installed[name].dist else "a package"
+    return str(_untracked_files().get(name, "peftzoo"))
+
+
+@cache
+def _untracked_files() -> dict[str, Path]:
+    """Method name -> its file in `methods/` that git does not track; {} where this is no checkout."""
+    import peftzoo.methods
+
+    found: dict[str, Path] = {}
+    for folder in map(Path, peftzoo.methods.__path__):
+        if not (folder.resolve().parent / ".git").exists():
+            continue
+        command = ["git", "-c", "core.quotePath=false", "ls-files", "--others", "--", "*.py"]
+        with suppress(OSError, subprocess.SubprocessError):
+            listed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10).stdout
+            found |= {Path(f).stem.replace("_", "-"): folder / f for f in listed.splitlines() if "/" not in f}
+    return found
 
 
 def get(name: str) -> type:

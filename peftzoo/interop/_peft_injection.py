@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftzoo.errors import UserError
+from peftzoo.errors import UserError, not_installed
 
 REFUSALS = (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, KeyError)
 """The exceptions that PEFT raises for a config or a model that it does not support."""
@@ -21,7 +21,7 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise UserError("HF PEFT is not installed: pip install 'peftzoo[peft]'") from None
+        raise not_installed("peft") from None
     return peft
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftzoo.adapters import Attached, write_atomically
+from peftzoo.adapters.atomic import assert_new
 from peftzoo.contract import LINEAR, Part
 from peftzoo.errors import UserError
 from peftzoo.interop._peft_injection import import_peft, make_config, with_peft_layers
@@ -116,12 +117,6 @@ def to_merged(handle: Attached, folder: Path, tokenizer: Any = None) -> dict[str
         if new := model.state_dict().keys() - keys:
             raise UserError(f"merging adds {min(new)}, for which this architecture has no place in its files")
         return _save_model(handle, model, folder, tokenizer)
-
-
-def assert_new(folder: Path) -> None:
-    """Raise `UserError` unless there is nothing at `folder` yet, or an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f'--out "{folder}" is there already: name a new folder')
 
 
 def copy_into(peft_model: nn.Module, state: dict[str, Tensor]) -> None:

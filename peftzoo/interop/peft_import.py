@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from peftzoo.adapters import Attached, attach, configure
+from peftzoo.adapters.atomic import assert_folder
 from peftzoo.contract import LINEAR, LINEAR_ROLES, Adapter, find_sites, registry, roles_of
 from peftzoo.errors import NeedsWeights, UserError
 from peftzoo.interop import peft_methods
@@ -78,8 +79,7 @@ def read(folder: Path) -> PeftFolder:
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
-    if not folder.is_dir():
-        raise UserError(f'"{folder}" is no folder: name the folder of a PEFT adapter')
+    assert_folder(folder, "a PEFT adapter")
     if not (folder / _TENSORS).is_file() and (folder / _PICKLED).exists():
         raise UserError(f"{_PICKLED} is a pickle, which is never read: save it again as safetensors")
     config = _read_json(folder / _CONFIG)

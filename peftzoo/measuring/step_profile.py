@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peftzoo.adapters import Attached, attach
 from peftzoo.contract import registry
-from peftzoo.errors import UserError
+from peftzoo.errors import UserError, not_installed, unknown
 
 _WARM_UP_ROUNDS = 2
 
@@ -62,7 +62,7 @@ def profile(
     for another `against` and for less than one round.
     """
     if against not in (None, "peft"):
-        raise UserError(f'against "{against}": only "peft" can be measured against')
+        raise unknown("rival", against, ["peft"])
     if against:
         _check_installed()
     if rounds < 1:
@@ -83,7 +83,7 @@ def _check_installed() -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise UserError("HF PEFT is not installed: pip install 'peftzoo[peft]'") from None
+        raise not_installed("peft") from None
 
 
 def _empty_row(name: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+from peftzoo.errors import UserError, unknown
+
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = ASSETS / "embedded"
 MARKER = "peftzoo.json"
@@ -64,6 +66,43 @@ def safetensors_size(path: Path) -> int:
 def folder(name: str) -> Path:
     """Folder of the model of an alias once it is fetched."""
     return home() / "models" / name
+
+
+def check_name(name: str, weights: bool = True) -> None:
+    """Raise `UserError` for a name that no model can have; whether the Hub has a model is not asked.
+
+    With `weights`, also for a shape, which has none, and for an alias that is not on this machine.
+    """
+    if name == "embedded":
+        return
+    if name in aliases():
+        if weights:
+            alias_folder(name)
+    elif name in shapes():
+        if weights:
+            hub_id = shapes()[name]["hub"]
+            raise UserError(
+                f'"{name}" is a shape without weights: load its Hub id "{hub_id}" or a local folder'
+            )
+    elif (path := Path(name).expanduser()).is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f'folder "{name}" has no config.json: name a folder made by save_pretrained')
+    elif "/" not in name:
+        raise unknown("model", name, ["embedded", *aliases(), *shapes()], "peftzoo list models")
+    elif name.count("/") != 1 or name[0] in "./~" or name[-1] == "/":
+        raise UserError(f'there is no folder "{name}": name a folder with config.json, an alias, or a Hub id')
+
+
+def alias_folder(name: str) -> Path:
+    """Folder of the model of an alias, fetched or in the Hub's cache. Raises `UserError` without one."""
+    fetched = folder(name)
+    if marker(fetched) is not None:
+        return fetched
+    if (fetched / MARKER).is_file():
+        raise UserError(f'model "{name}" is damaged on this machine: run "peftzoo models get {name}"')
+    if (cached := hub_cached(aliases()[name]["hub"], WEIGHTS)) is None:
+        raise UserError(f'model "{name}" is not on this machine: run "peftzoo models get {name}"')
+    return cached
 
 
 def digest(path: Path) -> str:

@@ -107,11 +107,16 @@ def on_meta(name: str, *, head: Head | None = None) -> nn.Module:
 
 def is_causal(name: str) -> bool:
     """True for a causal language model, False for an encoder; only the configuration is read."""
+    if name == "embedded":
+        return True  # without importing transformers
+    if name in catalogue.shapes():
+        return catalogue.shapes()[name]["task"] == "causal"
     return _config_of(name)[1] == "causal"
 
 
 def _resolve(name: str, *, code: bool = False, only_config: bool = False) -> tuple[Path, str, dict]:
     """Folder of a model, its name for records, and its source (kind, id, revision or sha256)."""
+    catalogue.check_name(name)
     if name == "embedded":
         return (
             catalogue.EMBEDDED,
@@ -120,23 +125,12 @@ def _resolve(name: str, *, code: bool = False, only_config: bool = False) -> tup
         )
     if name in catalogue.aliases():
         return _resolve_alias(name)
-    if name in catalogue.shapes():
-        hub_id = catalogue.shapes()[name]["hub"]
-        raise UserError(f'"{name}" is a shape without weights: load its Hub id "{hub_id}" or a local folder')
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f'folder "{name}" has no config.json: name a folder made by save_pretrained')
         model_id = f"local:{path.resolve().name}"
         return path, model_id, dict(kind="folder", id=model_id, sha256=_fingerprint(path))
-    if name.count("/") == 1 and name[0] not in "./~" and name[-1] != "/":
-        folder = hub.snapshot(_valid_hub_id(name), code=code, only_config=only_config)
-        return folder, name, dict(kind="hub", id=name, revision=folder.name)
-    if "/" in name:
-        raise UserError(f'there is no folder "{name}": name a folder with config.json, an alias, or a Hub id')
-    raise unknown(
-        "model", name, ["embedded", *catalogue.aliases(), *catalogue.shapes()], "peftzoo list models"
-    )
+    folder = hub.snapshot(_valid_hub_id(name), code=code, only_config=only_config)
+    return folder, name, dict(kind="hub", id=name, revision=folder.name)
 
 
 def _valid_hub_id(name: str) -> str:
@@ -151,17 +145,10 @@ def _valid_hub_id(name: str) -> str:
 
 
 def _resolve_alias(name: str) -> tuple[Path, str, dict]:
-    folder = catalogue.folder(name)
-    facts = catalogue.marker(folder)
-    if facts is not None:
+    folder = catalogue.alias_folder(name)
+    if facts := catalogue.marker(folder):
         return folder, name, {k: facts[k] for k in ("kind", "id", "revision", "sha256", "note") if k in facts}
-    if (folder / catalogue.MARKER).is_file():
-        raise UserError(f'model "{name}" is damaged on this machine: run "peftzoo models get {name}"')
-    hub_id = catalogue.aliases()[name]["hub"]
-    cached = catalogue.hub_cached(hub_id, catalogue.WEIGHTS)
-    if cached is None:
-        raise UserError(f'model "{name}" is not on this machine: run "peftzoo models get {name}"')
-    return cached, name, dict(kind="hub", id=hub_id, revision=cached.name)
+    return folder, name, dict(kind="hub", id=catalogue.aliases()[name]["hub"], revision=folder.name)
 
 
 def _fingerprint(folder: Path) -> str:

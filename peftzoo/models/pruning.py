@@ -9,49 +9,20 @@ al., arXiv 2306.11695).
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from peftzoo.contract import LINEAR, Context, Site, find_sites
-from peftzoo.errors import UserError, unknown
+from peftzoo.errors import UserError
 from peftzoo.models import probe
+from peftzoo.models.pruning_settings import CRITERIA, Pruning
 
-CRITERIA = ("magnitude", "wanda")
+__all__ = ["BATCHES", "CRITERIA", "Pruning", "prune"]
+
 BATCHES = 16
 """Number of calibration batches for wanda."""
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What is set to zero: a `share` of the weights, or of every `group` adjacent weights in a row."""
-
-    criterion: str
-    share: float
-    group: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Pruning:
-        """`magnitude:0.5`, `wanda:0.5`, or N:M patterns such as `wanda:2:4` (N of M become zero).
-
-        Raises `UserError` for an unknown criterion and for a share outside (0, 1).
-        """
-        criterion, _, amount = text.partition(":")
-        if criterion not in CRITERIA:
-            raise unknown("pruning", criterion, CRITERIA)
-        if match := re.fullmatch(r"(\d+):(\d+)", amount):
-            n, m = int(match[1]), int(match[2])
-            share, group = (n / m, m) if m else (0.0, 0)
-        else:
-            share, group = (float(amount) if re.fullmatch(r"0?\.\d+", amount) else 0.0), 0
-        if not 0 < share < 1:
-            raise UserError(
-                f'--prune "{text}": write {criterion}:0.5 (a share between 0 and 1) or {criterion}:2:4'
-            )
-        return cls(criterion, share, group)
 
 
 def prune(model: nn.Module, how: Pruning, batches: Callable[[], Iterable[dict[str, Tensor]]]) -> float:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 Array = np.ndarray
 
@@ -40,6 +39,8 @@ def matthews_terms(answers: Array, references: Array) -> Array:
 
 def _ranks(values: Array) -> Array:
     """(n, 1): ranks of the values (n,), ties shared. They are taken once, over all rows."""
+    from scipy import stats  # takes a second to import
+
     return stats.rankdata(values)[:, None]
 
 

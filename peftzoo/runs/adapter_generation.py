@@ -28,8 +28,8 @@ from peftzoo.errors import UserError
 from peftzoo.measuring import counters
 from peftzoo.scoring import evaluation, library_metrics
 from peftzoo.tasks import run_data, sources, task_files
-from peftzoo.training import batches
-from peftzoo.training.config import TrainConfig, auto_precision
+from peftzoo.training import batches, config
+from peftzoo.training.config import TrainConfig
 from peftzoo.training.loop import Loop, NonFinite, TrainingStats
 
 Progress = Callable[[str, int, int], None]
@@ -152,14 +152,9 @@ def train_config(request: Request, subjects: list[DescribedTask]) -> TrainConfig
         "steps": sum(s.steps for s in settings), "batch_size": max(s.batch_size for s in settings),
         "max_length": max(s.max_length for s in settings),
         "lr": registry.get(request.method).lr * max(s.lr_scale for s in settings),
-        "precision": auto_precision() if request.precision == "auto" else request.precision,
+        "precision": config.precision_of(request.precision),
     }  # fmt: skip
-    try:
-        return TrainConfig(**fields | {k: v for k, v in request.train.items() if v is not None})
-    except ValueError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"--{name} {first['input']}: {first['msg']}") from None
+    return config.checked(fields | {k: v for k, v in request.train.items() if v is not None})
 
 
 def train(

@@ -6,7 +6,7 @@ import io
 from contextlib import redirect_stdout
 from typing import Any
 
-from peftzoo.errors import UserError, unknown
+from peftzoo.errors import UserError, not_installed, unknown
 
 
 class Tracker:
@@ -59,7 +59,7 @@ class Trackio(Tracker):
         try:
             import trackio
         except ImportError:
-            raise UserError('trackio is not installed: pip install "peftzoo[trackio]"') from None
+            raise not_installed("trackio") from None
         options = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         with redirect_stdout(io.StringIO()):  # it prints where it writes
             self.run = trackio.init(project="peftzoo", name=name, config=config, **options)

@@ -26,7 +26,12 @@ class HarnessTask(ConfigurableTask):
         super().__init__(config=config | {"custom_dataset": lambda **_: dataset})
 
     def fewshot_docs(self) -> Any:
-        """The rows that prompts show; they may be of the split of which some rows are scored."""
+        """The rows that prompts show, which may be of the split of which some rows are scored; None for none.
+
+        lm-eval makes a list of them.
+        """
+        if not self.config.num_fewshot:
+            return None
         return super().fewshot_docs() if self._fewshot_rows is None else self._fewshot_rows
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **kwargs: Any) -> Any:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from peftzoo.errors import UserError, unknown
 
@@ -45,12 +43,12 @@ def matthews(p: Values, r: Values) -> float:
 
 def pearson(p: Values, r: Values) -> float:
     """Pearson's linear correlation; NaN if one side is constant."""
-    return _correlation(stats.pearsonr, p, r)
+    return _correlation("pearsonr", p, r)
 
 
 def spearman(p: Values, r: Values) -> float:
     """Spearman's rank correlation; NaN if one side is constant."""
-    return _correlation(stats.spearmanr, p, r)
+    return _correlation("spearmanr", p, r)
 
 
 METRICS: dict[str, Callable[[Values, Values], float]] = {
@@ -68,13 +66,15 @@ UNDEFINED = {
 """Why a metric has no value, where it has none for finite predictions."""
 
 
-def _correlation(function: Any, p: Values, r: Values) -> float:
-    """scipy's coefficient without its warnings; NaN for fewer than two rows."""
+def _correlation(function: str, p: Values, r: Values) -> float:
+    """The coefficient of this function of `scipy.stats`, without warnings; NaN for fewer than two rows."""
     if len(p) < 2:
         return math.nan
+    from scipy import stats  # takes a second to import, which most runs do not need
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns of constant input; the NaN becomes None in compute()
-        return float(function(p, r)[0])
+        return float(getattr(stats, function)(p, r)[0])
 
 
 def compute(names: list[str], predictions: list[float], references: list[float]) -> dict[str, float | None]:

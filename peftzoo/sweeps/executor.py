@@ -31,7 +31,7 @@ class Job:
     companions: tuple[Request, ...] = ()
     """Other runs of the same model and task, done together with `request` in packs."""
     pack: tuple[int | None, int | None] = (1, None)
-    """Size of a pack, as `packs.parse_pack_size` returns it: most runs, or most bytes."""
+    """Size of a pack, as `units.parse_pack_size` returns it: most runs, or most bytes."""
     jobs_per_device: int = 1
     """Jobs that run on one device at once and share its memory."""
 

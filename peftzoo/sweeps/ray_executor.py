@@ -16,7 +16,7 @@ import torch
 
 from peftzoo.adapters import write_atomically
 from peftzoo.contract import registry
-from peftzoo.errors import UserError
+from peftzoo.errors import UserError, not_installed
 from peftzoo.records import store
 from peftzoo.runs.plan import Plan
 from peftzoo.runs.run import is_on_record, new_record
@@ -146,5 +146,5 @@ def _import_ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError:
-        raise UserError('the Ray executor needs Ray: pip install "peftzoo[ray]"') from None
+        raise not_installed("ray") from None
     return ray

@@ -42,7 +42,7 @@ class Scheduler:
         """Do the requests, then the trials of each search and the runs with its best values.
 
         Requests of one model and task are packed, and so are trials of a search that can run at once; `pack`
-        is as in `packs.parse_pack_size`.
+        is as in `units.parse_pack_size`.
         """
         self.pack = pack
         self._submit_all(requests, None)

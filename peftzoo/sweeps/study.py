@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftzoo.errors import UserError
+from peftzoo.errors import not_installed
 from peftzoo.records.schema import Record
 from peftzoo.runs.plan import LookupCache, Plan, Request, resolve
 from peftzoo.runs.run import is_on_record, new_record, read_record
@@ -264,6 +264,6 @@ def _import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError('a search needs Optuna: pip install "peftzoo[search]"') from None
+        raise not_installed("optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

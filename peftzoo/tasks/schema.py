@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from peftzoo.errors import UserError
+from peftzoo.errors import UserError, unknown
 
 
 class _Strict(BaseModel):
@@ -307,6 +307,19 @@ class TaskGroup:
         return self.about.description or (
             self.tasks[0].instruction if len(self.tasks) == 1 else self.about.title
         )
+
+    def select_protocol(self, name: str | None) -> tuple[str, Protocol | None]:
+        """A protocol's name, and how it selects a checkpoint; None for the default, the last step.
+
+        Raises `UserError` for one that the task does not have.
+        """
+        about = self.about
+        if name in (None, about.protocol):
+            return about.protocol, None
+        if name not in about.protocols:
+            see = f"peftzoo show {self.name}"
+            raise unknown("protocol", name, [about.protocol, *about.protocols], see=see)
+        return name, about.protocols[name]
 
     def settings(self, embedded: bool) -> Settings:
         """The recommended settings, for embedded rows or for others."""

@@ -20,8 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peftzoo.errors import UserError, unknown
 from peftzoo.tasks import overlap, row_numbers, task_files
 
@@ -223,6 +221,8 @@ def _cut(
     for number, text in enumerate(overlap.texts(task, _dataset(rows, task.name))):
         groups.setdefault(text, []).append(number)
     texts = list(groups)
+    import torch  # here: a wrong --source is told before anything heavy is imported
+
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(cut.seed)).tolist()
     if (needed := sum(cut.parts.values())) >= len(texts):
         raise UserError(

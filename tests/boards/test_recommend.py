@@ -37,7 +37,8 @@ def test_only_rows_within_the_budget_are_named() -> None:
 
 
 def test_what_was_not_measured_is_listed() -> None:
-    text = "; ".join(recommend.recommend(records(), "embedded", "gsm8k", 2000).missing)
+    missing = recommend.recommend(records(), "embedded", "gsm8k", 2000).missing
+    text = "; ".join(m.sentence() for m in missing)
     assert "methods have no run here: " in text and "dora" in text and "vera," not in text
     assert "not ranked: none" in text and "not looked at: sst2" in text and "generated" in text
 
@@ -89,3 +90,12 @@ def test_the_command(run_cli, tmp_path) -> None:
     for extra, message in (("--max-trainable x", '"x"'), ("--results ./nowhere", "no such folder")):
         code, out, err = run_cli(f"{line} {extra}")
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_long_list_of_names_is_cut_and_says_so() -> None:
+    names = ("a", "b", "c", "d", "e")
+    assert recommend.Missing("not here", names[:4]).sentence(most=3) == "not here: a, b, c, d"
+    assert recommend.Missing("not here", names).sentence(most=3) == (
+        "not here: a, b, c and 2 more (--json names all)"
+    )
+    assert recommend.Missing("not here", names).sentence() == "not here: a, b, c, d, e"

@@ -14,27 +14,27 @@ from pathlib import Path
 
 import pytest
 
+from peftzoo.cli import commands
 from peftzoo.records import store
 from peftzoo.records.schema import Record
 from peftzoo.runs import run
+from peftzoo.runs.plan import Plan
 from peftzoo.tasks import _includes, task_files
 
-COMMANDS = [
-    "bench",
-    "sweep",
-    "generate",
-    "board",
-    "recommend",
-    "verify",
-    "list",
-    "show",
-    "params",
-    "check",
-    "profile",
-    "models get",
-    "new-method",
-    "doctor",
-]
+
+def all_commands() -> dict[str, object]:
+    """Every command by what is typed for it, such as `models get`."""
+    found, left = {}, dict(commands.command().commands)
+    while left:
+        name, command = left.popitem()
+        below = {f"{name} {k}": c for k, c in getattr(command, "commands", {}).items()}
+        left |= below
+        found |= {} if below else {name: command}
+    return dict(sorted(found.items()))
+
+
+COMMANDS = all_commands()
+WITH_JSON = [name for name, c in COMMANDS.items() if any("--json" in p.opts for p in c.params)]
 
 
 def one_document(text: str):
@@ -57,6 +57,24 @@ def test_every_help_ends_with_an_example_that_parses(run_cli, command: str) -> N
     last = out.rstrip().splitlines()[-1].strip()
     assert last.startswith("Example: peftzoo ") and last.split()[2] == command.split()[0]
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def joined(text: str) -> str:
+    """The text without spaces and line breaks, which may be anywhere on a narrow terminal."""
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("columns", [80, 50])
+def test_nothing_in_a_help_is_cut(run_cli, monkeypatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    overview = joined(run_cli("--help")[1])
+    for name, command in COMMANDS.items():
+        first = re.split(r"(?<=\.)\s", command.help)[0]
+        shown = joined(run_cli(f"{name.rpartition(' ')[0]} --help")[1]) if " " in name else overview
+        assert joined(name.split()[-1] + first) in shown, name
+        page = joined(run_cli(f"{name} --help")[1])
+        told = [command.help, *(p.help for p in command.params if getattr(p, "help", None))]
+        assert [t for t in told if joined(t) not in page] == [], name
 
 
 @pytest.mark.parametrize("line", ["--help", "-h", ""])
@@ -110,8 +128,8 @@ MISTAKES = [
     ("bench --method lora --task sst2 --precision fp16", '"fp16"', "auto, fp32, bf16"),
     ("bench --method lora --task sst2 --seeds 1,a", '"1,a"', "0,1,2"),
     ("bench --method lora --task sst2 --seeds=-1", '"-1"', "from 0"),
-    ("bench --method lora --task sst2 --limit 0", "--limit 0", "at least 1"),
-    ("bench --method lora --task sst2 --max-new-tokens 0", "--max-new-tokens 0", "at least 1"),
+    ("bench --method lora --task sst2 --limit 0", '--limit "0"', "greater than or equal to 1"),
+    ("bench --method lora --task sst2 --max-new-tokens 0", '--max-new-tokens "0"', "equal to 1"),
     ("bench --method lora --task sst2 --eval-batch 0", '--eval-batch "0"', "greater than or equal to 1"),
     ("bench --method lora --task sst2 --source hbu", '"hbu"', '"hub"'),
     ("bench --method lora --task sst2 --source mirror", "mirror", "PEFTZOO_DATA"),
@@ -169,6 +187,25 @@ def test_mistakes_in_a_process_of_its_own(line: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_error_is_a_json_document_too(run_cli, tmp_path, monkeypatch, command: str) -> None:
+    """Of the parser and of the command itself, for every command: all have --json."""
+    assert [*COMMANDS] == WITH_JSON
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_cli(f"{command} --jsno --json")
+    assert code == 2 and err == f"error: {one_document(out)['error']}\n" and "--jsno" in err
+    lines = {
+        "bench": "--method lroa --task sst2", "board": "./no", "check": "lroa",
+        "export": "no --to lroa --out x", "generate": "--method lroa --tasks sst2",
+        "import": "no --out x --model lroa", "list": "lroa", "models get": "lroa", "new-method": "A",
+        "params": "--method lora,dora --model lroa", "power": "--difference 2", "profile": "--method lroa",
+        "recommend": "--model lroa --task-like x --results no", "show": "lroa", "sweep": "no.yaml",
+        "tune": "--method lroa --task sst2", "verify": "lroa", "doctor": "--no-such-option",
+    }  # fmt: skip
+    code, out, err = run_cli(f"{command} {lines[command]} --json")
+    assert code == 2 and err == f"error: {one_document(out)['error']}\n"
+
+
 # -- what goes where ------------------------------------------------------------------------------------
 
 
@@ -187,12 +224,14 @@ def test_bench_gives_one_json_document_and_progress_apart(run_cli, tmp_path) -> 
     assert "lora on sst2, seed 0" in err
 
 
-def test_a_record_is_not_made_twice_unless_forced(run_cli, tmp_path) -> None:
+def test_a_record_is_not_made_twice_unless_forced(run_cli, tmp_path, monkeypatch) -> None:
     line = f"bench --method lora --task sst2 {QUICK} --out {tmp_path}"
     assert run_cli(line)[0] == 0
     (file,) = (tmp_path / "records").rglob("*.json")
     before = file.stat().st_mtime_ns
-    code, out, err = run_cli(line)
+    with monkeypatch.context() as patched:  # attaching would import the code of the model, for nothing
+        patched.setattr(Plan, "attach_to_shapes", lambda _: pytest.fail("attached"))
+        code, out, err = run_cli(line)
     assert code == 0 and "on record" in err and file.stat().st_mtime_ns == before
     assert run_cli(f"{line} --force")[0] == 0 and file.stat().st_mtime_ns != before
     assert "acc" in out and str(file) in out, "the table of a run that is on record is not shown"
@@ -300,7 +339,8 @@ def test_ctrl_c_leaves_a_record_and_exit_code_130(run_cli, tmp_path, monkeypatch
 
     monkeypatch.setattr(run.Runner, "on_step", stop)
     code, out, err = run_cli(f"bench --method lora --task sst2 {QUICK} --out {tmp_path} --json")
-    assert code == 130 and out == "" and err.splitlines()[-1].startswith("error: interrupted")
+    assert code == 130 and one_document(out)["error"].startswith("interrupted")
+    assert err.splitlines()[-1].startswith("error: interrupted")
     (file,) = tmp_path.rglob("*-s0.json")
     assert file.relative_to(tmp_path).parts[0] == "cancelled"
     record = store.read(file)
@@ -452,10 +492,11 @@ def test_commands_that_read_say_which_records(run_cli, tmp_path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     for line in ("board --json", "recommend --model embedded --task-like gsm8k --json"):
         code, _, err = run_cli(line)
-        assert code == 0 and "reading the published records" in err, err
+        assert code == 0 and re.match(r"reading the published records: [\d,]+ in .*results\n", err), err
     store.write(tmp_path / "runs", make())
     code, out, err = run_cli("board --json")
-    assert code == 0 and "reading the records in runs" in err and len(json.loads(out)) == 1
+    assert code == 0 and len(json.loads(out)) == 1
+    assert "reading the records in runs: 1 (the published ones are in " in err
     code, _, err = run_cli(f"board {tmp_path / 'runs'} --json")
     assert code == 0 and "reading" not in err
     code, _, err = run_cli("board no-such-folder")
@@ -471,5 +512,5 @@ def test_runs_are_written_to_runs(run_cli, tmp_path, monkeypatch) -> None:
 def test_a_missing_extra_is_said_before_the_first_run(run_cli, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     code, _, err = run_cli(f"bench --method none,hf:lora --task sst2 --limit 2 --out {tmp_path}")
-    assert code == 2 and "pip install 'peftzoo[peft]'" in err.splitlines()[-1], err
+    assert code == 2 and 'pip install "peftzoo[peft]"' in err.splitlines()[-1], err
     assert not list(tmp_path.rglob("*.json")), "a run was done before the mistake was told"

@@ -159,3 +159,30 @@ def test_getting_one_method_imports_no_other():
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.strip() == "['peftzoo.methods.lora']"
+
+
+def test_the_origin_of_a_method(tmp_path, monkeypatch):
+    """A file beside those that git tracks is told apart from them; so are packages and single files."""
+    import peftzoo.methods
+
+    methods = tmp_path / "methods"
+    methods.mkdir()
+    write(methods, PLUGIN.format(name="released"), "released.py")
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    own = write(methods, PLUGIN.format(name="my-own"), "my_own.py")
+    monkeypatch.setattr(peftzoo.methods, "__path__", [str(methods)])
+    monkeypatch.setattr(registry, "_untracked_files", registry._untracked_files.__wrapped__)
+    register(monkeypatch, EntryPoint("theirs", "a:B", "peftzoo.methods"))
+    file = write(tmp_path, PLUGIN.format(name="mine"))
+    registry.add_file(file)
+    origins = {name: registry.origin(name) for name in registry.methods()}
+    assert origins == {"released": "peftzoo", "my-own": str(own), "mine": str(file), "theirs": "a package"}
+
+
+def test_the_list_names_methods_that_are_not_part_of_peftzoo(run_cli, tmp_path):
+    file = write(tmp_path, PLUGIN.format(name="mine").replace('name = "mine"', 'name = title = "mine"'))
+    code, out, err = run_cli(f"list methods --plugin {file}")
+    assert code == 0 and err == "" and f"mine is not part of peftzoo: {file}\n" in out
+    assert "lora is not part" not in out

@@ -17,6 +17,7 @@ from peftzoo.cli import app
 from peftzoo.conform.cases import Case, assert_unchanged, snapshot
 from peftzoo.contract import LINEAR, registry
 from peftzoo.interop import export, peft_import, saved_runs
+from peftzoo.records import saved_adapters
 from peftzoo.records.schema import Record
 
 peft = pytest.importorskip("peft")
@@ -431,15 +432,15 @@ def test_a_run_is_found_by_record_id_and_name(tmp_path):
         (out / "adapters" / f"{i}-s0").mkdir(parents=True)
     folder = out / "adapters" / f"{ids[0]}-s0"
     for reference in (files[0], ids[0], f"{ids[0]}-s0", names[0], folder):
-        assert saved_runs.find(str(reference), [out]) == folder
-    assert saved_runs.find(str(files[1]), [tmp_path / "elsewhere"]) == out / "adapters" / f"{ids[1]}-s0"
+        assert saved_adapters.find(str(reference), [out]) == folder
+    assert saved_adapters.find(str(files[1]), [tmp_path / "elsewhere"]) == out / "adapters" / f"{ids[1]}-s0"
     for reference, message in (
         ("dora/t/m/s0", "names 2 runs"),
         (ids[2], "no saved adapter"),
         (files[2], "no saved adapter"),
     ):
         with pytest.raises(UserError, match=message):
-            saved_runs.find(str(reference), [out])
+            saved_adapters.find(str(reference), [out])
 
 
 def test_the_base_of_a_run_is_pruned_again(saved):

@@ -23,13 +23,14 @@ from peftzoo.errors import UserError
 from peftzoo.runs._pack_loop import PackLoop
 from peftzoo.runs._pack_scoring import PackedModel
 from peftzoo.runs._packed_adapter import Pack, pack_refusal
-from peftzoo.runs.packs import Packer, bytes_needed, parse_pack_size, run_packs
+from peftzoo.runs.packs import Packer, bytes_needed, run_packs
 from peftzoo.runs.plan import Plan, Request
 from peftzoo.runs.run import new_record, run, run_lock
 from peftzoo.scoring.language_model import LanguageModel
 from peftzoo.training.batches import Example
 from peftzoo.training.config import TrainConfig
 from peftzoo.training.loop import Loop
+from peftzoo.units import parse_pack_size
 
 TIGHT = {"rtol": 1e-4, "atol": 1e-5}
 
