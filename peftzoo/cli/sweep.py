@@ -13,6 +13,9 @@ import typer
 
 from peftzoo.cli import _run_tables, output
 
+EXECUTOR = typer.Option("local", help="local, or ray.")
+ADDRESS = typer.Option(None, help="A Ray cluster to join: auto, or its address (default: none).")
+
 
 def add(app: typer.Typer) -> None:
     """Register the command."""
@@ -24,24 +27,17 @@ def sweep(
     out: Path = typer.Option(Path("runs"), help="Folder for records."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the plan, with estimates, and do nothing."),
     workers: int = typer.Option(None, min=1, help="Runs at once (default: one per GPU, else per 4 cores)."),
-    executor: str = typer.Option("local", help="local, or ray."),
-    address: str = typer.Option(None, help="A Ray cluster to join: auto, or its address (default: none)."),
+    executor: str = EXECUTOR,
+    address: str = ADDRESS,
     trust_task_code: bool = output.TRUST_TASK_CODE,
     plugin: list[str] = output.PLUGIN,
     json: bool = output.JSON,
 ) -> None:
     """Do every run of a sweep. What is on record is not done again; what was interrupted goes on."""
-    from peftzoo.errors import UserError, unknown
-    from peftzoo.runs import quick_checks
     from peftzoo.sweeps import sweep_file as engine
     from peftzoo.units import parse_pack_size
 
-    if executor not in ("local", "ray"):
-        raise unknown("executor", executor, ("local", "ray"))
-    if address and executor != "ray":
-        raise UserError(f'--address "{address}" is for --executor ray')
-    if executor == "ray":
-        quick_checks.check_installed("ray")
+    check_executor(executor, address)
     output.load_plugins(plugin)
     spec = engine.read(file)
     from peftzoo.runs.plan import resolve  # heavy: what is wrong above is told before
@@ -68,6 +64,19 @@ def sweep(
         print_plan(rows, json)
     else:
         _print_results(scheduler, json)
+
+
+def check_executor(executor: str, address: str | None) -> None:
+    """Raise `UserError` for an executor that does not exist, is not installed or takes no address."""
+    from peftzoo.errors import UserError, unknown
+    from peftzoo.runs import quick_checks
+
+    if executor not in ("local", "ray"):
+        raise unknown("executor", executor, ("local", "ray"))
+    if address and executor != "ray":
+        raise UserError(f'--address "{address}" is for --executor ray')
+    if executor == "ray":
+        quick_checks.check_installed("ray")
 
 
 def make_searches(search: Any, requests: list[Any], seeds: list[int]) -> list[Any]:

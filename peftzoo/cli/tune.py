@@ -30,6 +30,9 @@ def tune(
     space: list[str] = typer.Option(
         [], metavar="KEY=VALUES", help="With --trials: lr=1e-4..1e-2, r=4,8,16, METHOD.KEY=...; repeatable."
     ),
+    protocol: str = typer.Option(
+        None, help="Of the final runs: another one of the task (peftzoo show TASK)."
+    ),
     preset: str = typer.Option(None, help="A published setting of the method (peftzoo show METHOD)."),
     set_: list[str] = output.SET,
     steps: int = typer.Option(None, min=1, help="Optimiser steps (default: the task's)."),
@@ -41,6 +44,8 @@ def tune(
     source: str = typer.Option(None, help="embedded, mirror or hub."),
     out: Path = typer.Option(Path("runs"), help="Folder for records and trials."),
     workers: int = typer.Option(None, min=1, help="Runs at once (default: one per GPU, else per 4 cores)."),
+    executor: str = sweeping.EXECUTOR,
+    address: str = sweeping.ADDRESS,
     pack: str = typer.Option(
         None, metavar="N", help="Trials on one copy of the model: a number, auto (default on a GPU), or 16GB."
     ),
@@ -58,12 +63,14 @@ def tune(
     from peftzoo.tasks import task_files
     from peftzoo.units import parse_pack_size
 
+    sweeping.check_executor(executor, address)
     output.load_plugins(plugin)
     names = output.parse_names(method, methods(), "method")
     quick_checks.check_methods(names)
     task_names = output.parse_names(task, task_files.tasks(), "task")
     quick_checks.check_tasks(task_names)
     tasks = task_files.expand(task_names)
+    quick_checks.check_protocol(protocol, tasks)
     final_seeds, options = output.parse_seeds(seeds), output.parse_set(set_, names)
     train = {k: v for k, v in (("steps", steps), ("batch_size", batch_size)) if v is not None}
     quick_checks.check_model(model)
@@ -81,7 +88,7 @@ def tune(
     requests = [
         Request(
             method=m, task=t, model=model, seed=final_seeds[0], options=options[m], train=train,
-            preset=preset, precision=precision, source=source, data=data, limit=limit,
+            preset=preset, protocol=protocol, precision=precision, source=source, data=data, limit=limit,
             trust_task_code=trust_task_code,
         )
         for t in tasks
@@ -99,7 +106,8 @@ def tune(
                 output.note(note)
         else:
             output.make_folder(out)
-            scheduler = sweeping.run_sweep([], searches, out, workers, ("local", None), plugin, pack_size)
+            where = (executor, address)
+            scheduler = sweeping.run_sweep([], searches, out, workers, where, plugin, pack_size)
     if dry_run:
         sweeping.print_plan(rows, json)
         return

@@ -296,6 +296,7 @@ def _check_compatible(plans: list[Plan]) -> None:
     """Raise `UserError` unless all runs have one model, task, precision, data source and way of scoring."""
     for plan in plans[1:]:
         for what, get in (("model", lambda p: p.request.model), ("task", lambda p: p.task_group.name),
+                         ("version of the task", lambda p: p.task_group.digest),
                          ("precision", lambda p: p.train_config.precision), ("source", lambda p: p.source),
                          ("number of scored rows", lambda p: p.data.scored_rows),
                          ("longest answer", lambda p: p.max_new_tokens)):  # fmt: skip

@@ -482,6 +482,15 @@ def test_a_pack_has_one_task() -> None:
         run_packs([one, two], None)
 
 
+def test_a_pack_has_one_text_of_its_task() -> None:
+    one, two = Plan(Request("lora", "sst2")), Plan(Request("lora", "sst2"))
+    (task,) = two.task_group.tasks
+    edited = task.model_copy(update={"doc_to_text": "{{sentence}} This is"})
+    two.task_group = replace(two.task_group, tasks=[edited])
+    with pytest.raises(UserError, match="a pack has one version of the task"):
+        run_packs([one, two], None)
+
+
 def test_a_trained_head_is_not_shared() -> None:
     loaded = models.load("embedded", head=models.Head("classification", 2))
     member = attach(loaded.model, "lora", head=loaded.head_names, install=False)

@@ -8,6 +8,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -482,6 +483,23 @@ def test_a_dry_run_says_the_cost_and_does_nothing(run_cli, tmp_path, kind: str) 
     assert plan["total"]["steps"] == sum(n * s for _, n, s in found)
 
 
+def test_the_final_runs_have_the_protocol_and_the_executor_that_is_asked_for(run_cli, tmp_path, monkeypatch):
+    asked = []
+
+    def run_sweep(requests, searches, out, workers, where, plugins, pack):
+        asked.append((searches, where))
+        return SimpleNamespace(records=[], lost_runs=[])
+
+    monkeypatch.setattr(sweep_command, "run_sweep", run_sweep)
+    monkeypatch.setattr("peftzoo.runs.quick_checks.check_installed", lambda package: None)
+    options = "--protocol clean --executor ray --address auto"
+    assert run_cli(f"{LINE} {options} --out {tmp_path / 'out'}")[0] == 0
+    (((search,), where),) = asked
+    assert where == ("ray", "auto")
+    assert {r.protocol for r in drive(search, losses_of)} == {None}
+    assert {r.protocol for r in search.final_requests()} == {"clean"}
+
+
 WRONG = {
     "an empty grid": ("--lr-grid 0", '--lr-grid "0"'),
     "one rate": ("--lr-grid 1", '--lr-grid "1"'),
@@ -494,6 +512,9 @@ WRONG = {
     "a search's seed": ("--seeds 0,1002", "seed 1002 is one of the search's own"),
     "no rows": ("--hold-out 1", '--hold-out "1"'),
     "no rate": ("--method none", "does not train with a learning rate"),
+    "no such protocol": ("--protocol best", 'unknown protocol "best"'),
+    "no such executor": ("--executor slurm", 'unknown executor "slurm"'),
+    "an address of nothing": ("--address auto", "is for --executor ray"),
 }
 
 
