@@ -42,7 +42,8 @@ def power(
         raise UserError(f"--difference {difference:g}: above 0 and below 1, for example 0.02")
     if (task is None) == (seed_deviation is None):
         raise UserError("name --task for the deviations on record, or give --seed-deviation (and --rows)")
-    records = output.read_records(output.results_folder(results, "--results")) if task else []
+    folder = output.results_folder(results, "--results") if task else None
+    records = output.read_records(folder) if task else []
     from peftzoo.boards import formats  # heavy: what is wrong above is told before
     from peftzoo.boards import power as engine
 
@@ -50,7 +51,10 @@ def power(
         design = engine.of_deviations(seed_deviation, flips, rows or 1000, methods or 10, method_flips)
         designs: list[tuple[Any, Any]] = [(None, design)]
     else:
-        found = engine.of_records(records, task, model)
+        try:
+            found = engine.of_records(records, task, model)
+        except UserError as error:
+            raise UserError(f"{error}{_or_published(results, folder)}") from None
         designs = [
             (shared, replace(d, rows=rows or d.rows, methods=methods or d.methods)) for shared, d in found
         ]
@@ -67,6 +71,14 @@ def power(
         print(f"seed deviation of a method's true score: {answer['seed_deviation']:.4f}")
         print(_sentence(answer, difference))
     output.next_step(_next(answers[0], task, model))
+
+
+def _or_published(named: Path | None, folder: Path) -> str:
+    """Where else records are, for an error; nothing where a folder was named or they were read."""
+    from peftzoo.records import store
+
+    published = store.published_folder()
+    return "" if named or not published or folder == published else f"; or --results {published}"
 
 
 def _answer(shared: Any, design: Any, difference: float) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import pytest
 
 from peftzoo.boards import power, ranks
 from peftzoo.errors import UserError
+from peftzoo.records import store
 from tests.boards.test_ranks import simulation
 from tests.boards.test_tables import with_outcomes
+from tests.records.test_store import make
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -80,3 +82,14 @@ def test_what_cannot_be_answered(line: str, message: str, run_cli, tmp_path) -> 
     with_outcomes(tmp_path, "lora", 0.6, seeds=1, task="stsb")
     code, out, err = run_cli(line.format(tmp_path))
     assert code == 2 and message in err and not out
+
+
+def test_what_is_not_in_runs_may_be_among_the_published_records(run_cli, tmp_path, monkeypatch) -> None:
+    published = tmp_path / "published"
+    for folder, task in ((tmp_path / "runs", "math"), (published, "gsm8k")):
+        store.write(folder, make(task=task), [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(store, "published_folder", lambda: published)
+    line = "power --task gsm8k --model embedded"
+    assert f"or --results {published}" in run_cli(line)[2]
+    assert "or --results" not in run_cli(f"{line} --results runs")[2]
