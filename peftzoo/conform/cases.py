@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftzoo.adapters import Attached, attach
+from peftzoo.conform import process
 from peftzoo.contract import Adapter
 from peftzoo.errors import UserError
 
@@ -133,10 +134,11 @@ class Case:
 
 @functools.lru_cache
 def _refusal(cls: type[Adapter], arch: str) -> str:
-    try:
-        Case(cls, arch).attach()
-    except UserError as error:
-        return str(error)
+    with process.putting_back(process.torch_functions()):
+        try:
+            Case(cls, arch).attach()
+        except UserError as error:
+            return str(error)
     return ""
 
 
@@ -158,25 +160,55 @@ def train(
         raise Skip("the method does not train")
     if adapter.searches:
         return _search(handle, batches[0], steps, callback)
-    optimizer, losses = handle.optimizer(lr, head_lr=lr), []
-    model.train()
-    adapter.train()
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        loss = model(**batches[step % len(batches)]).loss + adapter.penalty()
-        callback(step, "forward")
-        loss.backward()
-        callback(step, "backward")
-        adapter.after_backward(step, steps)
-        callback(step, "after_backward")
-        optimizer.step()
-        callback(step, "step")
-        adapter.after_step(step, steps)
-        callback(step, "after_step")
-        losses.append(loss.item())
+    optimizer = handle.optimizer(lr, head_lr=lr)
+    losses = [
+        take_step(handle, optimizer, batches[step % len(batches)], step, steps, callback)
+        for step in range(1, steps + 1)
+    ]
     model.eval()
     adapter.eval()
     return losses
+
+
+def take_step(
+    handle: Attached,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    step: int,
+    total: int,
+    callback: Callable[[int, str], None] = lambda step, stage: None,
+) -> float:
+    """One step of training in the order of the contract; returns the loss. The model stays in train mode."""
+    model, adapter = handle.model, handle.adapter
+    model.train()
+    adapter.train()
+    optimizer.zero_grad()
+    loss = model(**batch).loss + adapter.penalty()
+    callback(step, "forward")
+    loss.backward()
+    callback(step, "backward")
+    adapter.after_backward(step, total)
+    callback(step, "after_backward")
+    optimizer.step()
+    callback(step, "step")
+    adapter.after_step(step, total)
+    callback(step, "after_step")
+    return loss.item()
+
+
+@torch.no_grad()
+def move_from_start(handle: Attached, size: float = 0.02) -> Attached:
+    """Add seeded noise to the trained tensors, so that none of them is zero; returns the handle."""
+    g = torch.Generator().manual_seed(13)
+    for p in handle.parameters():
+        p.add_(torch.randn(p.shape, generator=g), alpha=size)
+    return handle
+
+
+def with_options(cls: type[Adapter], options: dict[str, Any]) -> type[Adapter]:
+    """The method with these options in place of those in `tiny`."""
+    changed = {"__module__": cls.__module__, "tiny": {**cls.tiny, **options}}
+    return type(cls.__name__, (cls,), changed)
 
 
 @torch.no_grad()

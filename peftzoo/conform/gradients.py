@@ -65,7 +65,8 @@ def _slope(value: Callable[[], Tensor], tensor: Tensor, direction: Tensor) -> fl
     with torch.no_grad():
         for sign in (1, -1):
             tensor.copy_(start + sign * STEP * direction)
-            ends.append(float(value()))
+            with torch.enable_grad():  # as in training: a penalty may be made only then
+                ends.append(float(value().detach()))
         tensor.copy_(start)
     return (ends[0] - ends[1]) / (2 * STEP)
 
@@ -77,6 +78,36 @@ def _assert_slope(value: Callable[[], Tensor], tensor: Tensor, gradient: Tensor,
     scale = max(float(gradient.norm() * direction.norm()), abs(slope), 1e-3)
     assert abs(slope - said) <= TOLERANCE * scale, (
         f"gradient of {what}: it gives a slope of {said:.6g} along a random direction, differences give "
+        f"{slope:.6g}"
+    )
+
+
+def assert_joint_slope(case: Case, handle: Attached) -> None:
+    """The slope along one random direction of all trained tensors together. The handle is used up."""
+    handle.model.double().train()
+    handle.adapter.double().train()
+    loss, tensors = _Loss(case, handle), handle.parameters()
+    if not tensors:
+        return
+    gradients = torch.autograd.grad(loss(), tensors, allow_unused=True)
+    generator, ends, said, length = torch.Generator().manual_seed(11), [], 0.0, [0.0, 0.0]
+    directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors]
+    for g, d in zip(gradients, directions, strict=True):
+        if g is not None:
+            said += float((g * d).sum())
+            length[0] += float(g.square().sum())
+        length[1] += float(d.square().sum())
+    start = [t.detach().clone() for t in tensors]
+    with torch.no_grad():
+        for sign in (1, -1, 0):
+            for t, s, d in zip(tensors, start, directions, strict=True):
+                t.copy_(s + sign * STEP * d)
+            with torch.enable_grad():
+                ends.append(float(loss().detach()))
+    slope = (ends[0] - ends[1]) / (2 * STEP)
+    scale = max((length[0] * length[1]) ** 0.5, abs(slope), 1e-3)
+    assert abs(slope - said) <= TOLERANCE * scale, (
+        f"the gradients give a slope of {said:.6g} along a random direction of all tensors, differences give "
         f"{slope:.6g}"
     )
 
@@ -111,8 +142,9 @@ def check_gradient_of_input(case: Case) -> None:
             with _AllInDouble():
                 return (module(x) * dy).sum()
 
-        (gradient,) = torch.autograd.grad(value(x.requires_grad_()), x)
+        at_x = value(x.requires_grad_())
         assert torch.equal(x.detach(), before), f"{name}: the part changes its input x in place"
+        (gradient,) = torch.autograd.grad(at_x, x)
         _assert_slope(value, x.detach(), gradient, f"{name}'s input")
 
 
@@ -128,7 +160,10 @@ def check_gradient_of_delta(case: Case) -> None:
     names, tensors = zip(*handle.named_parameters(), strict=True)
     fast = torch.autograd.grad(loss(), tensors, allow_unused=True)
     with _dense(handle):
-        slow = torch.autograd.grad(loss(), tensors, allow_unused=True)
+        value = loss()
+        if not value.requires_grad:
+            raise Skip("delta is made without gradients, which only a part without a forward needs")
+        slow = torch.autograd.grad(value, tensors, allow_unused=True)
     for name, tensor, got, want in zip(names, tensors, fast, slow, strict=True):
         got, want = (torch.zeros_like(tensor) if g is None else g for g in (got, want))
         assert_close(got, want, f"gradient of {name}: forward against delta", TOLERANCE)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
 
 import torch
+from torch import Tensor, nn
 
-from peftzoo.adapters import Attached
+from peftzoo.adapters import Attached, saving
 from peftzoo.conform.cases import (
     ARCHS,
     Case,
@@ -102,16 +104,40 @@ def check_identity(case: Case) -> None:
 
 @check(trains=True)
 def check_base_untouched(case: Case) -> None:
-    """Training leaves the base's keys as they were, and its values too unless the method says otherwise."""
+    """No step of training, no eval pass and no saving changes the base, unless the method says so."""
     model = case.model()
     keys = list(model.state_dict())
     handle = case.attach(model)
     unfrozen = {p.data_ptr() for p in handle.unfrozen.values()}  # by address: a tied tensor has two names
-    before = snapshot(model, tuple(k for k, v in model.state_dict().items() if v.data_ptr() in unfrozen))
-    train(handle, case.batches, 3)
+    before = {n: t.clone() for n, t in _base_tensors(model).items() if t.data_ptr() not in unfrozen}
+
+    def callback(step: int, stage: str) -> None:
+        if stage == "after_step" and not case.cls.edits_base:
+            _assert_equal_tensors(before, _base_tensors(model), f"step {step} of training")
+
+    train(handle, case.batches, 6, callback=callback)
     assert list(model.state_dict()) == keys, "the keys of the base changed"
-    if not case.cls.edits_base:
-        assert_unchanged(before, model, "training")
+    after = {n: t.clone() for n, t in _base_tensors(model).items()}
+    own = {n: t.clone() for n, t in handle.state_dict().items()}
+    for _ in range(3):
+        case.logits(model)
+    _assert_equal_tensors(after, _base_tensors(model), "a pass in eval mode")
+    _assert_equal_tensors(own, handle.state_dict(), "a pass in eval mode")
+    with tempfile.TemporaryDirectory() as folder:
+        saving.save(handle, folder)
+    _assert_equal_tensors(after, _base_tensors(model), "saving")
+    _assert_equal_tensors(own, handle.state_dict(), "saving")
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the model, those among them that are not saved too."""
+    return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _assert_equal_tensors(before: dict[str, Tensor], after: dict[str, Tensor], what: str) -> None:
+    for name, value in before.items():
+        assert name in after, f"{what}: {name} is lost"
+        assert torch.equal(after[name], value), f"{what} changed {name}"
 
 
 @check()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import random
 import re
 import sys
 from pathlib import Path
 
-import torch
-
 from peftzoo.adapters import configure
+from peftzoo.conform import process
 from peftzoo.conform.cases import Case
 from peftzoo.conform.rules import NAMES, check
 from peftzoo.contract import adapter
 from peftzoo.errors import UserError
 
-MAX_LINES = 150
+MAX_LINES = 160
 """Limit on the length of a plugin's file."""
 
 
@@ -62,29 +60,48 @@ def check_defaults(case: Case) -> None:
 @check(archs=())
 def check_init_only_stores(case: Case) -> None:
     """Making an adapter keeps the options and draws or allocates nothing."""
-    config, before = case.cls.Config(**case.cls.tiny), _random_state()
+    config, before = case.cls.Config(**case.cls.tiny), process.random_state()
     instance = case.cls(config)
     assert instance.config is config, "config is not the one that was passed"
     assert not instance.state_dict(), (
         f"__init__ made {next(iter(instance.state_dict()))}; make it in prepare()"
     )
     assert case.cls().config == case.cls.Config(), "without options, the defaults hold"
-    assert _random_state() == before, "__init__ draws random numbers"
+    assert process.random_state() == before, "__init__ draws random numbers"
 
 
 @check(archs=())
 def check_import(case: Case) -> None:
-    """Importing the plugin draws no random numbers and leaves torch's defaults alone."""
-    spec = importlib.util.spec_from_file_location("peftzoo_import_check", inspect.getsourcefile(case.cls))
+    """Importing the plugin leaves the random states, torch's functions and settings, and peftzoo alone."""
+    name = process.replaced_own_function()
+    assert not name, f"a plugin has replaced {name}: the checks may not be changed"
+    functions, own = process.torch_functions(), process.own_functions()
+    with process.putting_back(functions), process.putting_back_own(own), process.keeping_random_state():
+        process.seed_everything(3)
+        random_before = process.random_state()
+        with process.unusual_settings():
+            settings = process.settings()
+            _import_again(case.cls)
+            now = process.settings()
+        random_now = process.random_state()
+        for known, current in ((functions, process.torch_functions()), (own, process.own_functions())):
+            name = process.first_difference(known, current)
+            assert not name, f"importing the file replaces {name}"
+    changed = next((n for n, v in settings.items() if now[n] != v), "")
+    assert not changed, f"importing the file changes {changed}"
+    changed = next((n for n, v in random_before.items() if random_now[n] != v), "")
+    assert not changed, f"importing the file changes the random state of {changed}"
+
+
+def _import_again(cls: type) -> None:
+    """Run the plugin's file as a module of another name."""
+    spec = importlib.util.spec_from_file_location("peftzoo_import_check", inspect.getsourcefile(cls))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    before = (_random_state(), torch.get_default_dtype(), torch.is_grad_enabled())
     try:
         spec.loader.exec_module(module)
     finally:
         del sys.modules[spec.name]
-    after = (_random_state(), torch.get_default_dtype(), torch.is_grad_enabled())
-    assert before == after, "importing the file changes the random state, the default dtype or grad mode"
 
 
 @check(archs=())
@@ -99,11 +116,3 @@ def check_unknown_key(case: Case) -> None:
             assert wrong == "qqzzqq" or wrong[:-1] in str(error), f"no hint at {wrong[:-1]}: {error}"
         else:
             raise AssertionError(f"option {wrong} was accepted")
-
-
-def _random_state() -> tuple:
-    """The global random states of torch, random and numpy."""
-    import numpy
-
-    legacy = numpy.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), legacy[1].tobytes(), legacy[2]

@@ -20,6 +20,7 @@ class Check:
     trains: bool
     slow: bool
     refusable: bool
+    once: bool
 
     @property
     def name(self) -> str:
@@ -36,20 +37,28 @@ class Check:
             raise Skip("the method does not train")
         if self.archs and not self.refusable and (reason := case.refusal()):
             raise Skip(f"not on {case.arch}: {reason}")
+        if self.once:
+            taken = [a for a in ARCHS if not Case(case.cls, a).refusal()]
+            case = Case(case.cls, taken[0] if taken else ARCHS[0])
         self.function(case)
 
 
 def check(
-    archs: tuple[str, ...] = ARCHS, trains: bool = False, slow: bool = False, refusable: bool = False
+    archs: tuple[str, ...] = ARCHS,
+    trains: bool = False,
+    slow: bool = False,
+    refusable: bool = False,
+    once: bool = False,
 ) -> Callable[[Callable[[Case], None]], Check]:
     """Decorator that turns a function of a case into a `Check`.
 
     `archs=()`: needs no model; `trains`: only for methods that train; `slow`: left out of quick runs;
-    `refusable`: runs although the method declines the architecture.
+    `refusable`: runs although the method declines the architecture; `once`: what it shows does not depend on
+    the architecture, so it runs on the first that the method takes.
     """
 
     def decorate(function: Callable[[Case], None]) -> Check:
         NAMES.add(function.__name__)
-        return Check(function, archs, trains, slow, refusable)
+        return Check(function, () if once else archs, trains, slow, refusable, once)
 
     return decorate

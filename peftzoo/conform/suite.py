@@ -15,7 +15,19 @@ from functools import cache
 
 import torch
 
-from peftzoo.conform import gradients, placement, plugin, training, weights
+from peftzoo.conform import (
+    counting,
+    gradients,
+    isolation,
+    lifetime,
+    options,
+    placement,
+    plugin,
+    process,
+    training,
+    weights,
+    where,
+)
 from peftzoo.conform.cases import ARCHS, Case, Skip
 from peftzoo.conform.rules import Check
 from peftzoo.contract import registry
@@ -35,12 +47,14 @@ class Result:
     reason: str = ""
     seconds: float = 0.0
     trace: str = ""
+    place: str = ""
+    """File and line of the plugin that a failure is about."""
 
 
 @cache
 def checks() -> list[Check]:
     """All checks, in the order of the reports."""
-    modules = (plugin, placement, gradients, training, weights)
+    modules = (plugin, options, counting, placement, gradients, training, lifetime, isolation, weights)
     return [c for m in modules for c in vars(m).values() if isinstance(c, Check)]
 
 
@@ -58,22 +72,26 @@ def run(name: str, archs: Iterable[str] = ARCHS, slow: bool = True) -> list[Resu
 
 
 def run_one(cls: type, check: Check, arch: str) -> Result:
-    """Run one check, with the global random state left as it was; its errors become a `Result`."""
+    """Run one check, and leave torch and its random state as they were; its errors become a `Result`."""
     start = time.perf_counter()
     known = cls.known_failures.get(f"{check.name}[{arch}]", cls.known_failures.get(check.name))
-    outcome, reason, trace = "ok", "", ""
-    with torch.random.fork_rng(devices=[]):
+    outcome, reason, trace, place = "ok", "", "", ""
+    with process.putting_back(process.torch_functions()), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             check(Case(cls, arch))
         except Skip as skip:
             outcome, reason = "skipped", str(skip)
         except Exception as error:
-            trace = traceback.format_exc()
+            trace, place = traceback.format_exc(), where.place(cls, error)
             explained = isinstance(error, AssertionError) and str(error)
             outcome, reason = "failed", str(error) if explained else f"{type(error).__name__}: {error}"
     if known is not None and outcome == "failed":
         outcome, reason = "known", f"{known} ({reason})"
     elif known is not None and outcome == "ok":
         outcome, reason = "failed", f"passes, so take it out of known_failures (declared: {known})"
-    return Result(cls.name, check.name, arch, outcome, reason, time.perf_counter() - start, trace)
+        place = where.place(cls, AssertionError("known_failures"))
+    return Result(cls.name, check.name, arch, outcome, reason, time.perf_counter() - start, trace, place)
+
+
+process.remember_own_functions()  # when no plugin has been checked yet

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from peftzoo.adapters import Attached
-from peftzoo.conform.cases import LR, Case, Skip, assert_close, assert_unchanged, snapshot, train
+from peftzoo.conform.cases import (
+    LR,
+    Case,
+    Skip,
+    assert_close,
+    assert_unchanged,
+    move_from_start,
+    snapshot,
+    take_step,
+    train,
+)
 from peftzoo.conform.rules import check
 from peftzoo.contract import Context
 
@@ -47,6 +57,46 @@ def check_learns(case: Case) -> None:
             return
         attempts.append(f"{losses[0]:.4f} -> {losses[-1]:.4f} at lr={lr:g}")
     raise AssertionError(f"the loss does not fall by {LEARN_MARGIN:.0%} in {LEARN_STEPS} steps: {attempts}")
+
+
+@check(trains=True, once=True)
+def check_learning_rate(case: Case) -> None:
+    """Twice the rate moves each tensor otherwise in the first step; a rate of 0 moves nothing."""
+    if case.cls.searches:
+        raise Skip("the method fits itself without a learning rate")
+    once, twice, none = (_first_update(case, lr) for lr in (1e-3, 2e-3, 0.0))
+    assert any(u.any() for u in once.values()), "the first step of the optimiser moves nothing at lr=0.001"
+    for name, update in once.items():
+        assert not none[name].any(), f"{name} moves in the optimiser's step at lr=0"
+        assert not update.any() or not torch.equal(update, twice[name]), (
+            f"{name} moves alike at lr=0.001 and lr=0.002: optimizer() ignores lr"
+        )
+
+
+@check(trains=True, once=True)
+def check_schedule(case: Case) -> None:
+    """The optimiser follows the schedule: with the rate of its groups set to 0 a step moves nothing."""
+    if case.cls.searches:
+        raise Skip("the method fits itself without a learning rate")
+    for name, update in _first_update(case, 1e-3, scheduled=0.0).items():
+        assert not update.any(), f"{name} moves although the schedule set the learning rate to 0"
+
+
+def _first_update(case: Case, lr: float, scheduled: float | None = None) -> dict[str, Tensor]:
+    """What the optimiser's first step adds to each tensor, from values that all have a gradient."""
+    handle = move_from_start(case.attach())
+    optimizer, before, updates = handle.optimizer(lr), {}, {}
+    for group in optimizer.param_groups if scheduled is not None else ():
+        group["lr"] = scheduled
+
+    def callback(step: int, stage: str) -> None:
+        if stage == "after_backward":
+            before.update({n: p.detach().clone() for n, p in handle.named_parameters()})
+        if stage == "step":
+            updates.update({n: p.detach() - before[n] for n, p in handle.named_parameters()})
+
+    take_step(handle, optimizer, case.batches[0], 1, 4, callback)
+    return updates
 
 
 @check()

@@ -55,6 +55,7 @@ class @CLASS@(Adapter):
     paper = "Authors, Title, arXiv 0000.00000 (Venue Year)"
     family = "scaling"
     lr = 1e-2
+    count_formula = "in + out"  # trained numbers per adapted layer; `peftzoo check` compares
 
     class Config(Config):
         targets: Targets = Field(("all",), description="roles of the linear layers to adapt")

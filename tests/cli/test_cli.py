@@ -101,7 +101,7 @@ def test_the_version(run_cli) -> None:
 # -- mistakes -------------------------------------------------------------------------------------------
 
 MISTAKES = [
-    ("bench --method lroa --task sst2", '"lroa"', '"lora"'),
+    ("bench --method loraa --task sst2", '"loraa"', '"lora"'),
     ("bench --method lora,unilra --task sst2", '"unilra"', '"unilora"'),
     ("bench --method lora --task stt2", '"stt2"', '"sst2"'),
     ("bench --method lora --task sst2 --model embeded", '"embeded"', '"embedded"'),
@@ -148,13 +148,13 @@ MISTAKES = [
     ("bench lora --method lora --task sst2", "lora", "peftzoo bench --help"),
     ("benhc", "'benhc'", "'bench'"),
     ("list metods", '"metods"', '"methods"'),
-    ("show lroa", '"lroa"', '"lora"'),
-    ("check lroa", '"lroa"', '"lora"'),
-    ("params --method lroa", '"lroa"', '"lora"'),
+    ("show loraa", '"loraa"', '"lora"'),
+    ("check loraa", '"loraa"', '"lora"'),
+    ("params --method loraa", '"loraa"', '"lora"'),
     ("params --method lora --model lama-2-7b", '"lama-2-7b"', '"llama-2-7b"'),
     ("params --method lora --set q=1", '"q"', "targets"),
     ("profile --method lora --against peeft", '"peeft"', '"peft"'),
-    ("profile --method lroa", '"lroa"', '"lora"'),
+    ("profile --method loraa", '"loraa"', '"lora"'),
     ("board ./nowhere", '"nowhere"', "no such folder"),
     ("new-method Bad_Name", '"Bad_Name"', "a-z"),
     ("models get minilmm", '"minilmm"', '"minilm"'),

@@ -154,7 +154,7 @@ SCREENS_OF: dict[str, tuple[Callable[[], None], Callable[[str], str]]] = {
     "show-task": (command("show gsm8k"), whole),
     "show-group": (command("show math"), whole),
     "params": (command("params --method lora,unilora,bitfit --model llama-2-7b"), whole),
-    "check": (command("check bitfit"), cut("check_card", "check_learns", "check_compile")),
+    "check": (command("check bitfit"), cut("check_card", "check_trainable", "check_learns")),
 }
 """Command -> (what prints, what of it is stored). `doctor` says what a machine has: see below."""
 

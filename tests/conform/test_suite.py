@@ -21,7 +21,7 @@ def _cases(name):
 def test_method(name, check, arch):
     result = conform.run_one(registry.get(name), check, arch)
     if result.outcome == "failed":
-        pytest.fail(f"{result.reason}\n\n{result.trace}".strip(), pytrace=False)
+        pytest.fail(f"{result.place}: {result.reason}\n\n{result.trace}".strip(), pytrace=False)
     if result.outcome == "skipped":
         pytest.skip(result.reason)
     if result.outcome == "known":
@@ -219,7 +219,7 @@ def test_checks_leave_the_random_state_alone():
 
 def test_plan_and_names():
     names = [c.name for c in conform.checks()]
-    assert len(set(names)) == len(names) >= 24
+    assert len(set(names)) == len(names) >= 40
     assert all(c.proves.endswith((".", "].")) and len(c.proves) < 110 for c in conform.checks())
     assert not any(c.slow for c, _ in conform.plan(slow=False))
     assert {arch for _, arch in conform.plan(archs=("bert",))} == {"bert", conform.ANY}
