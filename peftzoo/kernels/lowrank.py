@@ -87,18 +87,20 @@ def frozen_pair(
 ) -> Tensor:
     """x W^T + b + v * ((u * (drop(x) A^T)) B^T), A (r, in) and B (out, r) frozen, u (r,), v (out,).
 
-    Layers that read the same x take the product x A^T from `recent`, where the first one leaves it.
+    Layers that read the same x with the same A take the product x A^T from `recent`, where the first one
+    leaves it.
     """
     if active(dropout) or not fusable(site, x):
         y, H = base(x), branch_input(x, A, dropout)
         return y + (v * F.linear((u * H).to(H.dtype), B.to(H.dtype))).to(y.dtype)
     X = cast(x)
+    which = None if torch.compiler.is_compiling() else A.data_ptr()  # other groups of layers have another A
     if _merging_pays(X):
         P = None
         if _need_grad(u, v):
-            P = recent.get(x, (X.dtype, A.shape), lambda: F.linear(X.detach(), A.to(X.dtype)))
+            P = recent.get(x, (X.dtype, A.shape, which), lambda: F.linear(X.detach(), A.to(X.dtype)))
         return _MergedPair.apply(X, site.weight, site.bias, P, A, B, u, v)
-    P = recent.get(x, (X.dtype, A.shape, "graph"), lambda: _FrozenProduct.apply(X, A, recent))
+    P = recent.get(x, (X.dtype, A.shape, which, "graph"), lambda: _FrozenProduct.apply(X, A, recent))
     return _FrozenPair.apply(X, site.weight, site.bias, P, B, u, v)
 
 

@@ -259,3 +259,15 @@ def test_cache_forgets_what_changed_and_is_not_copied():
         get(cache, x)
     for other in copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)):
         assert other.value is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1, IN), (4, 8, IN)])
+def test_layers_with_one_input_and_other_frozen_pairs(shape):
+    """Two groups of layers share x and the cache of x A^T, and each has its own A."""
+    recent, x = ForwardCache(), torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    cases = [make_case("frozen_pair", "linear", shape) for _ in range(2)]
+    layers = [(site, base, A.detach(), B.detach(), u, v) for site, base, _, (A, B, u, v) in cases]
+    fused = [frozen_pair(site, base, x, A, B, u, v, recent) for site, base, A, B, u, v in layers]
+    plain = [plain_pair(s.weight, s.bias, x, A, B, u, v) for s, _, A, B, u, v in layers]
+    leaves = (x, *(t for _, _, _, _, u, v in layers for t in (u, v)))
+    assert_same([*fused, *grads(sum(fused), leaves)], [*plain, *grads(sum(plain), leaves)])
