@@ -67,6 +67,7 @@ class OneLoRA(Adapter):
     title = "Summation Compression for Very Low-Rank Adaptation"
     paper = "Quercia et al., 1LoRA, arXiv 2503.08333"
     family = "low-rank"
+    count_formula = "out; model: norms * all_norms"
     lr = 3e-3
 
     class Config(Config):

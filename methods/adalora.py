@@ -18,6 +18,7 @@ in the paper (HF PEFT: after it), and gradients before clipping; exactly b(t) ra
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -66,7 +67,15 @@ class AdaLoRA(Adapter):
     title = "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning"
     paper = "Zhang et al., AdaLoRA, arXiv 2303.10512 (ICLR 2023)"
     family = "low-rank"
+    count_formula = "(r0 or ceil(1.5 * r)) * (in + out + 1)"
     peft = "AdaLoraConfig"
+    peft_names: ClassVar[dict] = {
+        "r": "target_r",
+        "r0": "init_r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "gamma": "orth_reg_weight",
+    }
     lr = 1e-2
 
     class Config(Config):
@@ -131,10 +140,7 @@ class AdaLoRA(Adapter):
             part.E.mul_(mask)
 
     def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {"init_r": self.r0, "target_r": c.r, "lora_alpha": c.alpha, "lora_dropout": c.dropout}
-        options |= {"beta1": c.beta1, "beta2": c.beta2, "orth_reg_weight": c.gamma, "total_step": 10}
-        return super().peft_config(sites) | options | {"fan_in_fan_out": sites[0].transposed}
+        return super().peft_config(sites) | {"init_r": self.r0, "total_step": 10}
 
     def peft_state(self) -> dict[str, Tensor]:
         return {

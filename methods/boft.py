@@ -75,7 +75,9 @@ class BOFT(Adapter):
         "Liu et al., Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243"
     )
     family = "orthogonal"
+    count_formula = "factors * in * block + out"
     peft = "BOFTConfig"
+    peft_names: ClassVar[dict] = {"block": "boft_block_size", "factors": "boft_n_butterfly_factor"}
     lr = 5e-3
 
     class Config(Config):
@@ -84,15 +86,15 @@ class BOFT(Adapter):
         block: int = Field(8, ge=2, multiple_of=2, description="size c of a block")
 
     tiny: ClassVar[dict] = {"block": 4, "factors": 2}
+    variants: ClassVar[list] = [{"factors": 1}, {"factors": 3}]
 
     def part(self, site: Site) -> Part:
         return BOFTPart(site, self)
 
     def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        if c.factors > 1:
+        if self.config.factors > 1:
             raise NotImplementedError("HF PEFT needs its own CUDA kernel for more than one factor")
-        return super().peft_config(sites) | {"boft_block_size": c.block, "boft_n_butterfly_factor": 1}
+        return super().peft_config(sites)
 
     def peft_state(self) -> dict[str, Tensor]:
         state = {f"{p.site.name}.boft_R.default": p.A for p in self.parts.values()}

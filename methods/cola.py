@@ -68,6 +68,8 @@ class COLA(Adapter):
     title = "Chain of LoRA"
     paper = "Xia et al., Chain of LoRA: Efficient Fine-tuning via Residual Learning, arXiv 2401.04151"
     family = "scheme"
+    known_failures: ClassVar = {"check_schedule": "each link has a schedule of its own (schedule=link)"}
+    count_formula = "r * (in + out)"
     lr = 3e-3
 
     class Config(Config):

@@ -65,6 +65,7 @@ class DenseLoRA(Adapter):
     title = "Dense Low-Rank Adaptation"
     paper = "Mu et al., DenseLoRA, arXiv 2505.23808 (ACL 2025)"
     family = "shared"
+    count_formula = "r ** 2; roles: r * (in + out)"
     lr = 3e-3
     mergeable = False
 

@@ -55,7 +55,9 @@ class DoRA(Adapter):
     title = "Weight-Decomposed Low-Rank Adaptation"
     paper = "Liu et al., DoRA, arXiv 2402.09353 (ICML 2024)"
     family = "low-rank"
+    count_formula = "r * (in + out) + out"
     peft = "LoraConfig"
+    peft_names: ClassVar[dict] = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
     lr = 3e-3
     known_failures: ClassVar = {"check_gradient_of_tensors": "the norm is a constant for the gradient"}
 
@@ -69,9 +71,7 @@ class DoRA(Adapter):
         return DoRAPart(site, self)
 
     def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {"r": c.r, "lora_alpha": c.alpha, "lora_dropout": c.dropout, "use_dora": True}
-        return super().peft_config(sites) | options | {"fan_in_fan_out": sites[0].transposed}
+        return super().peft_config(sites) | {"use_dora": True}
 
     def peft_state(self) -> dict[str, Tensor]:
         state = {}

@@ -56,6 +56,7 @@ class DoRADynamic(Adapter):
     title = "DoRA with Dynamic Rank Distribution"
     paper = "Mao et al., DoRA, arXiv 2405.17357 (ACL 2024)"
     family = "low-rank"
+    count_formula = "(r0 or ceil(1.5 * r)) * (in + out + 1)"
     lr = 3e-3
 
     class Config(Config):

@@ -60,7 +60,10 @@ class FourierFT(Adapter):
     title = "Fine-Tuning with Discrete Fourier Transform"
     paper = "Gao et al., Parameter-Efficient Fine-Tuning with DFT, arXiv 2405.03003 (ICML 2024)"
     family = "structured"
+    count_formula = "n"
     peft = "FourierFTConfig"
+    peft_names: ClassVar[dict] = {"n": "n_frequency", "alpha": "scaling"}
+    peft_seed = "random_loc_seed"
     lr = 5e-2
 
     class Config(Config):
@@ -88,11 +91,6 @@ class FourierFT(Adapter):
 
     def part(self, site: Site) -> Part:
         return FourierFTPart(site, self)
-
-    def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {"n_frequency": c.n, "scaling": c.alpha, "random_loc_seed": self.ctx.seed}
-        return super().peft_config(sites) | options | {"fan_in_fan_out": sites[0].transposed}
 
     def peft_state(self) -> dict[str, Tensor]:
         return {f"{p.site.name}.fourierft_spectrum.default": p.c for p in self.parts.values()}

@@ -20,6 +20,7 @@ class Full(Adapter):
     title = "Full fine-tuning"
     paper = "no paper: the usual way to fine-tune"
     family = "baseline"
+    count_formula = "model: all_parameters"
     lr = 5e-4
 
     def unfreeze(self, model: nn.Module) -> Sequence[str]:

@@ -58,7 +58,9 @@ class HRA(Adapter):
     title = "Householder Reflection Adaptation"
     paper = "Yuan et al., Bridging The Gap between Low-rank and Orthogonal Adaptation, arXiv 2405.17484"
     family = "orthogonal"
+    count_formula = "r * in"
     peft = "HRAConfig"
+    peft_names: ClassVar[dict] = {"gram_schmidt": "apply_GS"}
     lr = 1e-2
 
     class Config(Config):
@@ -79,9 +81,6 @@ class HRA(Adapter):
         return self.config.penalty * sum(
             (G - torch.eye(len(G), device=G.device)).square().sum() for G in grams
         )
-
-    def peft_config(self, sites: list[Site]) -> dict:
-        return super().peft_config(sites) | {"r": self.config.r, "apply_GS": self.config.gram_schmidt}
 
     def peft_state(self) -> dict[str, Tensor]:
         return {f"{p.site.name}.hra_u.default": p.U for p in self.parts.values()}

@@ -10,6 +10,8 @@ and v are one layer (GPT-2, Phi-3) the scale covers all of it, queries included:
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class IA3(Adapter):
     title = "Infused Adapter by Inhibiting and Amplifying Inner Activations"
     paper = "Liu et al., Few-Shot Parameter-Efficient Fine-Tuning, arXiv 2205.05638 (NeurIPS 2022)"
     family = "scaling"
+    count_formula = "in if has(feedforward, role) else out"
     peft = "IA3Config"
     lr = 5e-2
 
@@ -47,13 +50,19 @@ class IA3(Adapter):
         targets: Targets = Field(("k", "v", "down"), description="roles of the linear layers to scale")
         feedforward: Targets = Field(("down",), description="roles among them scaled on the input side")
 
+    variants: ClassVar[list] = [{"targets": "all"}]
+
     def part(self, site: Site) -> Part:
         return IA3Part(site, self)
 
     def peft_config(self, sites: list[Site]) -> dict:
         inner = [s.name for s in sites if s.role in self.config.feedforward]
-        options = {"feedforward_modules": inner, "fan_in_fan_out": sites[0].transposed}
-        return super().peft_config(sites) | options
+        return super().peft_config(sites) | {"feedforward_modules": inner}
+
+    @classmethod
+    def from_peft(cls, config, sites: list[Site]) -> dict:
+        inner = {s.role for s in sites if s.name in config.feedforward_modules}
+        return {"feedforward": tuple(sorted(inner)) or cls.Config().feedforward}
 
     def peft_state(self) -> dict[str, Tensor]:
         return {

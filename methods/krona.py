@@ -14,6 +14,7 @@ HF PEFT makes the same with LoKr and a rank so large that both factors are full.
 from __future__ import annotations
 
 from math import isqrt
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -57,7 +58,12 @@ class KronA(Adapter):
     title = "Kronecker Adapter"
     paper = "Edalati et al., KronA, arXiv 2212.10650 (ENLSP-III workshop, NeurIPS 2023)"
     family = "structured"
+    count_formula = (
+        "(rows or divisor(out)) * (columns or divisor(in))"
+        " + out // (rows or divisor(out)) * (in // (columns or divisor(in)))"
+    )
     peft = "LoKrConfig"
+    trained_as = "lokr"
     lr = 3e-2
 
     class Config(Config):
@@ -68,6 +74,8 @@ class KronA(Adapter):
         )
         scale: float = Field(1.0, gt=0, description="s, a constant factor on the change")
 
+    variants: ClassVar[list] = [{"scale": 1.5}]
+
     def part(self, site: Site) -> Part:
         return KronAPart(site, self)
 
@@ -75,6 +83,10 @@ class KronA(Adapter):
         """LoKr with a rank that leaves both factors full; it splits as we do by default."""
         r = max(max(p.B.shape) for p in self.parts.values())
         return super().peft_config(sites) | {"r": r, "alpha": r * self.config.scale}
+
+    @classmethod
+    def from_peft(cls, config, sites: list[Site]) -> dict:
+        return {"scale": config.alpha / config.r}
 
     def peft_state(self) -> dict[str, Tensor]:
         state = {f"{p.site.name}.lokr_w1.default": p.A for p in self.parts.values()}

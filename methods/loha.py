@@ -102,6 +102,7 @@ class LoHa(Adapter):
     title = "Low-Rank Hadamard Product"
     paper = "Hyeon-Woo et al., FedPara, arXiv 2108.06098 (ICLR 2022); Yeh et al., LyCORIS, arXiv 2309.14859"
     family = "structured"
+    count_formula = "2 * r * (in + out)"
     peft = "LoHaConfig"
     lr = 2e-2
 
@@ -113,14 +114,10 @@ class LoHa(Adapter):
         module_dropout: float = Field(0.0, ge=0, lt=1, description="how often a layer is left out")
 
     tiny: ClassVar[dict] = {"r": 3, "alpha": 12}
+    variants: ClassVar[list] = [{"r": 6, "alpha": 6.0}]
 
     def part(self, site: Site) -> Part:
         return LoHaPart(site, self)
-
-    def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {"r": c.r, "alpha": c.alpha, "rank_dropout": c.rank_dropout}
-        return super().peft_config(sites) | options | {"module_dropout": c.module_dropout}
 
     def peft_state(self) -> dict[str, Tensor]:
         state = {}

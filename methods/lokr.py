@@ -68,6 +68,7 @@ class LoKr(Adapter):
     paper = "Yeh et al., Navigating Text-To-Image Customization (LyCORIS), arXiv 2309.14859 (ICLR 2024)"
     family = "structured"
     peft = "LoKrConfig"
+    peft_names: ClassVar[dict] = {"factor": "decompose_factor"}
     lr = 3e-2
 
     class Config(Config):
@@ -83,23 +84,21 @@ class LoKr(Adapter):
         )
 
     tiny: ClassVar[dict] = {"r": 2, "alpha": 8}
+    variants: ClassVar[list] = [{"r": 8}, {"decompose_both": True, "factor": 8}]
 
     def part(self, site: Site) -> Part:
         return LoKrPart(site, self)
 
     def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {
-            "r": c.r,
-            "alpha": c.alpha,
-            "decompose_both": c.decompose_both,
-            "decompose_factor": c.factor or -1,
-        }
-        return (
-            super().peft_config(sites)
-            | options
-            | {"init_weights": "lycoris" if c.init == "lycoris" else True}
-        )
+        init = "lycoris" if self.config.init == "lycoris" else True
+        options = {"decompose_factor": self.config.factor or -1, "init_weights": init}
+        return super().peft_config(sites) | options
+
+    @classmethod
+    def from_peft(cls, config, sites: list[Site]) -> dict:
+        factor = None if config.decompose_factor == -1 else config.decompose_factor
+        init = "lycoris" if config.init_weights == "lycoris" else "peft"
+        return super().from_peft(config, sites) | {"factor": factor, "init": init}
 
     def peft_state(self) -> dict[str, Tensor]:
         theirs = {"W1": "w1", "A1": "w1_a", "B1": "w1_b", "W2": "w2", "A2": "w2_a", "B2": "w2_b"}

@@ -15,7 +15,7 @@ A0 and B0 are saved with A and B.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from peftzoo.contract import Adapter, Config, Part, Site, Targets
 from peftzoo.kernels import low_rank
 from peftzoo.models import low_rank_start
+
+IN_PEFT = ("gaussian", "pissa", "olora")
+"""Starts that PEFT makes too; its others look at data first. On an export the values are copied anyway."""
 
 
 class LoRAPart(Part):
@@ -66,7 +69,9 @@ class LoRA(Adapter):
     title = "Low-Rank Adaptation"
     paper = "Hu et al., LoRA, arXiv 2106.09685 (ICLR 2022)"
     family = "low-rank"
+    count_formula = "r * (in + out)"
     peft = "LoraConfig"
+    peft_names: ClassVar[dict] = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
     lr = 3e-3
 
     class Config(Config):
@@ -82,6 +87,8 @@ class LoRA(Adapter):
         rho: float = Field(1.0, ge=1, description="eva: a layer's rank may grow to rho r (paper: 2)")
         center: bool = Field(True, description="eva: take the mean off the inputs")
         gamma: float = Field(16.0, gt=0, description="lora-ga: smaller means a larger start")
+
+    variants: ClassVar[list] = [{"r": 4, "alpha": 6.0}]
 
     @property
     def needs_data(self) -> bool:
@@ -106,11 +113,19 @@ class LoRA(Adapter):
 
     def peft_config(self, sites: list[Site]) -> dict:
         c = self.config
-        options = {"r": c.r, "lora_alpha": c.alpha, "lora_dropout": c.dropout}
-        options |= {"use_rslora": c.scaling == "rslora", "fan_in_fan_out": sites[0].transposed}
-        if c.init in ("gaussian", "pissa", "olora"):  # the others need data in PEFT: values are copied anyway
+        if c.init == "lora-ga":
+            raise NotImplementedError("HF PEFT would look at the data again to start as init=lora-ga does")
+        options = {"use_rslora": c.scaling == "rslora"}
+        if c.init in IN_PEFT:
             options["init_lora_weights"] = c.init
         return super().peft_config(sites) | options
+
+    @classmethod
+    def from_peft(cls, config, sites: list[Site]) -> dict:
+        options = {"scaling": "rslora" if config.use_rslora else "lora"}
+        if config.init_lora_weights in IN_PEFT:
+            options["init"] = config.init_lora_weights
+        return super().from_peft(config, sites) | options
 
     def peft_state(self) -> dict[str, Tensor]:
         pairs = {p.site.name: (p.A, p.B) for p in self.parts.values()}

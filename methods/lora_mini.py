@@ -58,6 +58,7 @@ class LoRAMini(Adapter):
     title = "LoRA-Mini: decomposed matrices, selectively trained"
     paper = "Singh, Aher and Garg, LoRA-Mini, arXiv 2411.15804 (AAAI 2025 workshop CoLoRAI)"
     family = "low-rank"
+    count_formula = "r * (a + b)"
     lr = 1e-2
 
     class Config(Config):

@@ -23,6 +23,7 @@ class LoRAPlus(LoRA):
     name = "lora-plus"
     title = "LoRA+: Efficient Low Rank Adaptation of Large Models"
     paper = "Hayou et al., LoRA+, arXiv 2402.12354 (ICML 2024)"
+    trained_as = "lora"
     lr = 1e-3
 
     class Config(LoRA.Config):

@@ -105,6 +105,7 @@ class LoRAPro(LoRA):
     name = "lora-pro"
     title = "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?"
     paper = "Wang et al., LoRA-Pro, arXiv 2407.18242 (ICLR 2025)"
+    trained_as = "lora"
     lr = 2e-3
     peft_step = False
 

@@ -45,6 +45,7 @@ class LoRAXS(Adapter):
     title = "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters"
     paper = "Balazy et al., LoRA-XS, arXiv 2405.17604 (ECAI 2025)"
     family = "low-rank"
+    count_formula = "r ** 2"
     lr = 2e-2
     identity_at_init = False
 

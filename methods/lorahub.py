@@ -63,9 +63,14 @@ class LoraHub(Adapter):
     title = "LoraHub: composition of LoRA modules without gradients"
     paper = "Huang et al., LoraHub, arXiv 2307.13269 (COLM 2024)"
     family = "composition"
+    count_formula = "model: random"
     searches = True
     tiny: ClassVar = {"random": 8, "r": 2, "l1": 0}
-    known_failures: ClassVar = {"check_copy": "a second search from the weights of the first finds no better"}
+    known_failures: ClassVar = {
+        "check_copy": "a second search from the weights of the first finds no better",
+        "check_random_state": "nevergrad draws from numpy's global state, without effect on the result",
+        "check_dead_options": "size acts on members, which are saved adapters",
+    }
 
     class Config(Config):
         members: Adapters = Field((), description="folders of saved LoRA modules, or folders that hold some")

@@ -82,6 +82,7 @@ class LoRS(Adapter):
     title = "LoRA for Sparse Models"
     paper = "Hu et al., LoRS: Efficient Low-Rank Adaptation for Sparse Large Language Model, arXiv 2501.08582"
     family = "sparse"
+    count_formula = "r * in + out if variant == 'spp' else r * (in + out)"
     lr = 1e-3
 
     class Config(Config):

@@ -71,6 +71,7 @@ class LoRTA(Adapter):
     title = "Low-Rank Tensor Adaptation"
     paper = "Hounie, Kanatsoulis, Tandon and Ribeiro, LoRTA, arXiv 2410.04060"
     family = "shared"
+    count_formula = "model: r * (width + head_dim + heads + blocks); roles: r * (3 if role == 'qkv' else 1)"
     lr = 2e-2
 
     class Config(Config):

@@ -84,6 +84,7 @@ class MELoRA(Adapter):
     title = "Mini-Ensemble Low-Rank Adapters"
     paper = "Ren et al., MELoRA, arXiv 2402.17263 (ACL 2024)"
     family = "low-rank"
+    count_formula = "r * (in + out)"
     lr = 3e-3
 
     class Config(Config):

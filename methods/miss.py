@@ -116,7 +116,9 @@ class MiSS(Adapter):
         "Kang and Yin, Balancing LoRA Performance and Efficiency with Simple Shard Sharing, arXiv 2409.15371"
     )
     family = "structured"
+    count_formula = "r * (mini_r if variant == 'mini' else out)"
     peft = "MissConfig"
+    peft_names: ClassVar[dict] = {"dropout": "miss_dropout"}
     lr = 3e-3
 
     class Config(Config):
@@ -131,18 +133,19 @@ class MiSS(Adapter):
         )
 
     tiny: ClassVar[dict] = {"r": 6}
+    variants: ClassVar[list] = [{"r": 8, "variant": "bat"}, {"r": 7, "variant": "mini", "mini_r": 8}]
 
     def part(self, site: Site) -> Part:
         return MiSSPart(site, self)
 
     def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {"r": c.r, "mini_r": c.mini_r, "miss_dropout": c.dropout}
-        return (
-            super().peft_config(sites)
-            | options
-            | {"init_weights": c.variant if c.variant != "miss" else True}
-        )
+        variant = self.config.variant
+        return super().peft_config(sites) | {"init_weights": True if variant == "miss" else variant}
+
+    @classmethod
+    def from_peft(cls, config, sites: list[Site]) -> dict:
+        variant = config.init_weights if config.init_weights in ("bat", "mini") else "miss"
+        return super().from_peft(config, sites) | {"variant": variant}
 
     def peft_state(self) -> dict[str, Tensor]:
         return {f"{p.site.name}.miss_block.default": p.D for p in self.parts.values()}

@@ -135,6 +135,10 @@ class MoRA(Adapter):
     title = "High-Rank Updating"
     paper = "Jiang et al., MoRA: High-Rank Updating for PEFT, arXiv 2405.12130"
     family = "structured"
+    count_formula = (
+        "(min(((r * (in + out)) ** 0.5 + 0.5) // 1, in, out)"
+        " // (1 + (type == 'rotation')) * (1 + (type == 'rotation'))) ** 2"
+    )
     lr = 3e-3
 
     class Config(Config):

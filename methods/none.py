@@ -16,4 +16,5 @@ class Untouched(Adapter):
     title = "Base model, not fine-tuned"
     paper = "no paper: the reference row of a table"
     family = "baseline"
+    count_formula = "model: 0"
     trains = False

@@ -48,7 +48,13 @@ class OFT(Adapter):
     title = "Orthogonal Finetuning"
     paper = "Qiu et al., OFT, arXiv 2306.07280 (NeurIPS 2023); OFTv2, arXiv 2506.19847"
     family = "orthogonal"
+    count_formula = "(1 if share else in // block) * block * (block - 1) // 2"
     peft = "OFTConfig"
+    peft_names: ClassVar[dict] = {
+        "block": "oft_block_size",
+        "share": "block_share",
+        "terms": "num_cayley_neumann_terms",
+    }
     lr = 3e-3
 
     class Config(Config):
@@ -61,6 +67,7 @@ class OFT(Adapter):
         eps: float = Field(6e-5, gt=0, description="largest |Q| times sqrt(k) with coft")
 
     tiny: ClassVar[dict] = {"block": 8}
+    variants: ClassVar[list] = [{"block": 16, "terms": 4}, {"block": 4, "cayley": "exact"}]
 
     def prepare(self, sites: list[Site]) -> None:
         c = self.config
@@ -108,10 +115,13 @@ class OFT(Adapter):
             q.mul_((self.config.eps * len(q) ** -0.5 / norm.clamp_min(1e-30)).clamp_max(1))
 
     def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {"r": 0, "oft_block_size": c.block, "block_share": c.share, "coft": c.coft, "eps": c.eps}
-        options |= {"use_cayley_neumann": c.cayley == "neumann", "num_cayley_neumann_terms": c.terms}
-        return super().peft_config(sites) | options
+        neumann = self.config.cayley == "neumann"
+        return super().peft_config(sites) | {"r": 0, "use_cayley_neumann": neumann}
+
+    @classmethod
+    def from_peft(cls, config, sites: list[Site]) -> dict:
+        cayley = "neumann" if config.use_cayley_neumann else "exact"
+        return super().from_peft(config, sites) | {"cayley": cayley}
 
     def peft_state(self) -> dict[str, Tensor]:
         pairs = zip(self.number, self.q.split(self.sizes), strict=True)

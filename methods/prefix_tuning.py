@@ -42,7 +42,9 @@ class PrefixTuning(Adapter):
     title = "Prefix-Tuning"
     paper = "Li and Liang, Prefix-Tuning, arXiv 2101.00190 (ACL 2021)"
     family = "prompt"
+    count_formula = "blocks: 2 * n * kv_heads * head_dim"
     peft = "PrefixTuningConfig"
+    peft_differs = "it counts the positions of the text from the prefix on"
     lr = 0.15
     mergeable = False
     identity_at_init = False

@@ -97,6 +97,9 @@ class QRLoRA(Adapter):
         "Liang & Bharadwaj, QR-LoRA, arXiv 2508.21810"
     )
     family = "low-rank"
+    count_formula = (
+        "r * in - (form == 'triu') * r * (r - 1) // 2 if form != 'lambda' else min(in, out) if tau else r"
+    )
     lr = 1e-2
 
     class Config(Config):

@@ -98,6 +98,7 @@ class QuIC(Adapter):
         share: bool = Field(False, description="one orthogonal matrix for all blocks of a layer")
 
     tiny: ClassVar[dict] = {"blocks": 2}
+    variants: ClassVar[list] = [{"blocks": 3, "order": 2, "share": True}]
 
     def size(self, site: Site) -> int:
         """n, the size of the orthogonal matrices of a layer."""

@@ -102,7 +102,10 @@ class RandLoRA(Adapter):
     title = "RandLoRA: full-rank adaptation from random bases"
     paper = "Albert et al., RandLoRA, arXiv 2502.00987 (ICLR 2025)"
     family = "shared"
+    count_formula = "ceil(min(in, out) / r) * (r + min(in, out))"
     peft = "RandLoraConfig"
+    peft_names: ClassVar[dict] = {"alpha": "randlora_alpha", "dropout": "randlora_dropout"}
+    redrawn = True
     lr = 1.5e-3
 
     class Config(Config):
@@ -116,6 +119,7 @@ class RandLoRA(Adapter):
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
 
     tiny: ClassVar = {"r": 8}
+    variants: ClassVar[list] = [{"r": 5}]
 
     def prepare(self, sites: list[Site]) -> None:
         r = self.config.r
@@ -136,9 +140,15 @@ class RandLoRA(Adapter):
 
     def peft_config(self, sites: list[Site]) -> dict:
         c = self.config
-        options = {"r": c.r, "randlora_alpha": c.alpha, "randlora_dropout": c.dropout}
-        options |= {"sparse": c.bases == "sparse", "very_sparse": c.bases == "very-sparse"}
-        return super().peft_config(sites) | options | {"fan_in_fan_out": sites[0].transposed}
+        if c.scaling == "paper":
+            raise NotImplementedError("HF PEFT scales by alpha/r alone")
+        options = {"sparse": c.bases == "sparse", "very_sparse": c.bases == "very-sparse"}
+        return super().peft_config(sites) | options
+
+    @classmethod
+    def from_peft(cls, config, sites: list[Site]) -> dict:
+        bases = "very-sparse" if config.very_sparse else "sparse" if config.sparse else "uniform"
+        return super().from_peft(config, sites) | {"bases": bases}
 
     def peft_state(self) -> dict[str, Tensor]:
         state = {f"{p.site.name}.randlora_lambda.default": p.lam for p in self.parts.values()}

@@ -41,6 +41,7 @@ class RED(Adapter):
         "Wu et al., Advancing Parameter Efficiency via Representation Editing, arXiv 2402.15179 (ACL 2024)"
     )
     family = "scaling"
+    count_formula = "2 * out"
     lr = 3e-2
 
     class Config(Config):

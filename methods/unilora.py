@@ -16,7 +16,7 @@ dense maps `fastfood` and `gaussian` (peftzoo/kernels/projections.py), which kee
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -39,7 +39,7 @@ class _Spread(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         o = ctx.owner
         by_entry = grad.index_select(0, o.order)  # (D,), equal idx side by side
-        return torch.segment_reduce(by_entry, "sum", lengths=o.count) * o.inv_sqrt_count, None
+        return torch.segment_reduce(by_entry, "sum", lengths=o.lengths) * o.inv_sqrt_count, None
 
 
 class UniLoRAPart(Part):
@@ -66,7 +66,14 @@ class UniLoRA(Adapter):
     title = "Uni-LoRA: One Vector is All You Need"
     paper = "Li et al., Uni-LoRA, arXiv 2506.00799 (NeurIPS 2025)"
     family = "shared"
+    count_formula = "model: d or min(max(r * (sum_in + sum_out) // 4, 1), 524288)"
     peft = "UniLoraConfig"
+    peft_names: ClassVar[dict] = {
+        "d": "theta_d_length",
+        "bound": "init_theta_d_bound",
+        "dropout": "unilora_dropout",
+    }
+    redrawn = True
     lr = 1e-2
     identity_at_init = False
 
@@ -79,6 +86,8 @@ class UniLoRA(Adapter):
             "uniform", description="how theta reaches A and B; local: a share of theta per layer"
         )
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+
+    variants: ClassVar[list] = [{"r": 2, "d": 300}]
 
     def prepare(self, sites: list[Site]) -> None:
         c = self.config
@@ -102,7 +111,7 @@ class UniLoRA(Adapter):
         count = torch.empty(d, dtype=torch.int64) if idx.is_meta else torch.bincount(idx, minlength=d)
         order = torch.argsort(idx, stable=True)
         tensors = (idx.int(), order.int(), count, count.float().rsqrt())
-        for name, t in zip(("idx", "order", "count", "inv_sqrt_count"), tensors, strict=True):
+        for name, t in zip(("idx", "order", "lengths", "inv_sqrt_count"), tensors, strict=True):
             self.register_buffer(name, t, persistent=False)
         self.recent.clear()
 
@@ -122,12 +131,9 @@ class UniLoRA(Adapter):
         return UniLoRAPart(site, self, self.number[site.name])
 
     def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
         if self.dense is not None:
-            raise NotImplementedError(f"HF PEFT gathers theta and has no {c.projection} projection")
-        options = {"r": c.r, "theta_d_length": len(self.theta), "init_theta_d_bound": c.bound}
-        options |= {"unilora_dropout": c.dropout, "fan_in_fan_out": sites[0].transposed, "save_indices": True}
-        return super().peft_config(sites) | options
+            raise NotImplementedError(f"HF PEFT gathers theta and has no {self.config.projection} projection")
+        return super().peft_config(sites) | {"theta_d_length": len(self.theta), "save_indices": True}
 
     def peft_state(self) -> dict[str, Tensor]:
         return {"unilora_theta_d.default": self.theta}

@@ -17,6 +17,7 @@ every device.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,18 @@ class VBLoRA(Adapter):
     title = "VB-LoRA: Low-Rank Adaptation with a Vector Bank"
     paper = "Li, Han and Ji, VB-LoRA, arXiv 2405.15179 (NeurIPS 2024)"
     family = "shared"
+    count_formula = (
+        "model: h * (b or gcd(256, gcd_widths)); layers: h * r * (in + out) // (b or gcd(256, gcd_widths))"
+    )
     peft = "VBLoRAConfig"
+    peft_names: ClassVar[dict] = {
+        "h": "num_vectors",
+        "b": "vector_length",
+        "k": "topk",
+        "bound": "init_vector_bank_bound",
+        "std": "init_logits_std",
+        "dropout": "vblora_dropout",
+    }
     lr = 1e-1
     identity_at_init = False
 
@@ -91,6 +103,8 @@ class VBLoRA(Adapter):
         std: float = Field(0.01, ge=0, description="standard deviation of the logits at start")
         bank_lr: float = Field(0.1, gt=0, description="learning rate of the bank as a share of the logits'")
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+
+    variants: ClassVar[list] = [{"r": 2, "h": 12, "std": 1.0, "bound": 0.5}]
 
     def prepare(self, sites: list[Site]) -> None:
         c = self.config
@@ -124,10 +138,7 @@ class VBLoRA(Adapter):
         return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
 
     def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {"r": c.r, "num_vectors": c.h, "vector_length": self.bank.shape[1], "topk": c.k}
-        options |= {"vblora_dropout": c.dropout, "fan_in_fan_out": sites[0].transposed}
-        return super().peft_config(sites) | options
+        return super().peft_config(sites) | {"vector_length": self.bank.shape[1]}
 
     def peft_state(self) -> dict[str, Tensor]:
         state, logits = {"vblora_vector_bank.default": self.bank}, self.logits.split(self.sizes)

@@ -49,7 +49,10 @@ class VeRA(Adapter):
     title = "Vector-based Random Matrix Adaptation"
     paper = "Kopiczko et al., VeRA, arXiv 2310.11454 (ICLR 2024)"
     family = "shared"
+    count_formula = "r + out"
     peft = "VeraConfig"
+    peft_names: ClassVar[dict] = {"d": "d_initial", "dropout": "vera_dropout"}
+    peft_seed = "projection_prng_key"
     lr = 1e-2
 
     class Config(Config):
@@ -75,16 +78,6 @@ class VeRA(Adapter):
 
     def part(self, site: Site) -> Part:
         return VeRAPart(site, self)
-
-    def peft_config(self, sites: list[Site]) -> dict:
-        c = self.config
-        options = {
-            "r": c.r,
-            "d_initial": c.d,
-            "vera_dropout": c.dropout,
-            "projection_prng_key": self.ctx.seed,
-        }
-        return super().peft_config(sites) | options | {"fan_in_fan_out": sites[0].transposed}
 
     def peft_state(self) -> dict[str, Tensor]:
         state = {}

@@ -91,6 +91,10 @@ class WeGeFT(Adapter):
     title = "Weight-Generative Fine-Tuning"
     paper = "Savadikar, Song and Wu, WeGeFT, arXiv 2312.00700 (ICML 2025)"
     family = "shared"
+    count_formula = (
+        "(not tied) * 2 * r * (in if side == 'input' else out); "
+        "roles: tied * 2 * r * (in if side == 'input' else out)"
+    )
     lr = 3e-3
 
     class Config(Config):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from peftzoo.contract.roles import find_sites
 from peftzoo.contract.sites import LINEAR, Site
+from peftzoo.errors import UserError
 
 
 def _split_targets(value: Any) -> Any:
@@ -132,6 +134,16 @@ class Adapter(nn.Module):
     """What `peftzoo show` prints; by default the docstring at the top of the plugin's file."""
     peft: ClassVar[str] = ""
     """Name of HF PEFT's config class for the same method, where it has one."""
+    peft_names: ClassVar[dict[str, str]] = {}
+    """Option -> field of PEFT's config, for options that have another name there."""
+    peft_seed: ClassVar[str] = ""
+    """Field of PEFT's config for the seed, where PEFT draws the same frozen tensors from it."""
+    peft_differs: ClassVar[str] = ""
+    """Why PEFT computes something else with the same tensors, where it does; then it gets no export."""
+    trained_as: ClassVar[str] = ""
+    """The method whose layers these are, trained in another way: PEFT's own files are read as that one."""
+    redrawn: ClassVar[bool] = False
+    """True where PEFT draws the frozen tensors in another way: its own files stay `hf:TYPE`."""
     peft_step: ClassVar[bool] = True
     """False where HF PEFT has the tensors but not the training step: the two are not timed together."""
     lr: ClassVar[float] = 1e-3
@@ -156,6 +168,10 @@ class Adapter(nn.Module):
     """Kind of site that `config.targets` selects."""
     tiny: ClassVar[dict[str, Any]] = {}
     """Options for models of width 32, used by the conformance checks."""
+    variants: ClassVar[Sequence[dict[str, Any]]] = ()
+    """Further sets of options, on top of `tiny`, that the checks run: values that go together only."""
+    count_formula: ClassVar[str] = ""
+    """The number of trained parameters as a formula of sizes and options: `peftzoo/conform/counting.py`."""
     known_failures: ClassVar[dict[str, str]] = {}
     """Check name -> reason, for checks that cannot hold for this method."""
 
@@ -169,7 +185,7 @@ class Adapter(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        hooks = [n for n in vars(Adapter) if not n.startswith("_")]
+        hooks = [n for n in vars(Adapter) if not n.startswith("_") and n != "variants"]  # `variant` is usual
         for attribute in vars(cls):
             close = difflib.get_close_matches(attribute, hooks, n=1, cutoff=0.85)
             if close and attribute not in hooks and not attribute.startswith("_"):
@@ -210,9 +226,34 @@ class Adapter(nn.Module):
     def peft_config(self, sites: list[Site]) -> dict[str, Any]:
         """Keyword arguments with which the config class `peft` makes the same adapter at the same layers.
 
-        Raises `NotImplementedError` with the reason where PEFT lacks what the options ask for.
+        By default the layers, the seed, and the options that PEFT has too, by `peft_names`. Raises
+        `NotImplementedError` with the reason where PEFT lacks what the options ask for.
         """
-        return {"target_modules": [s.name for s in sites]}
+        values = {field: getattr(self.config, option) for option, field in self._peft_fields().items()}
+        if "fan_in_fan_out" in _peft_class(self).__dataclass_fields__:
+            values["fan_in_fan_out"] = sites[0].transposed
+        if self.peft_seed:
+            values[self.peft_seed] = self.ctx.seed
+        return values | {"target_modules": [s.name for s in sites]}
+
+    @classmethod
+    def from_peft(cls, config: Any, sites: list[Site]) -> dict[str, Any]:
+        """The inverse of `peft_config`: the options, `targets` aside, for PEFT's `config` on these sites.
+
+        By default the options that PEFT has too, by `peft_names`.
+        """
+        return {option: getattr(config, field) for option, field in cls._peft_fields().items()}
+
+    @classmethod
+    def _peft_fields(cls) -> dict[str, str]:
+        """Option -> field of PEFT's config, for the options that both have."""
+        options, known = cls.Config.model_fields, _peft_class(cls).__dataclass_fields__
+        for option, field in cls.peft_names.items():
+            if option not in options or field not in known:
+                wrong = f'option "{option}"' if option not in options else f'field "{field}" of {cls.peft}'
+                raise UserError(f'method "{cls.name}": peft_names names {wrong}, which is not there')
+        names = {option: cls.peft_names.get(option, option) for option in options}
+        return {option: field for option, field in names.items() if field in known}
 
     def peft_state(self) -> dict[str, Tensor]:
         """Suffix of a PEFT parameter name (of its adapter "default") -> our tensor, in PEFT's shape."""
@@ -238,3 +279,11 @@ class Adapter(nn.Module):
 
     def after_step(self, step: int, total: int) -> None:
         """Called after the optimiser's step: schedules, masks, projections, merge-and-restart."""
+
+
+def _peft_class(method: Adapter | type[Adapter]) -> Any:
+    """The config class that the method names in `peft`; PEFT is imported only where it is asked for."""
+    peft = importlib.import_module("peft")
+    if not hasattr(peft, method.peft):
+        raise UserError(f'method "{method.name}": peft="{method.peft}" is not in HF PEFT {peft.__version__}')
+    return getattr(peft, method.peft)

@@ -39,6 +39,12 @@ def to_peft(handle: Attached, folder: Path, base: str | None = None) -> dict[str
         raise UserError(f'HF PEFT has no "{adapter.name}": export it with --to lora or --to merged')
     if handle.unfrozen:
         raise UserError(f'method "{adapter.name}" changes base parameters: export it with --to merged')
+    if adapter.peft_differs:
+        raise UserError(
+            f'HF PEFT computes something else than method "{adapter.name}": {adapter.peft_differs}; '
+            "its saved adapter runs here only"
+        )
+    peft = import_peft()
     try:
         values = adapter.peft_config(handle.sites)
         state = adapter.peft_state() | adapter.peft_frozen()
@@ -47,7 +53,7 @@ def to_peft(handle: Attached, folder: Path, base: str | None = None) -> dict[str
             f'method "{adapter.name}": {error}; export it with --to lora or --to merged'
         ) from None
     state = {n: t.detach().clone() for n, t in state.items()}
-    config = make_config(getattr(import_peft(), adapter.peft), **values, **_head_or_task_type(handle, values))
+    config = make_config(getattr(peft, adapter.peft), **values, **_head_or_task_type(handle, values))
     ours = outputs(handle.model)
     with handle.off() as model:
         base_outputs = outputs(model)

@@ -1,23 +1,21 @@
 """HF PEFT's adapter folders, imported as methods of this package.
 
 The adapter is loaded as `hf:TYPE` first: its outputs are the reference. Then each of our methods with the
-same PEFT config class is tried: its options are searched until `peft_config` agrees with the file, and its
-tensors are filled through the names of `peft_state`. The first with the same outputs is used; else the
-adapter stays `hf:TYPE`.
+same PEFT config class is tried: its options are read by `from_peft`, `peft_config` must give the file's
+config back, and its tensors are filled through the names of `peft_state`. The first with the same outputs is
+used; else the adapter stays `hf:TYPE`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from peftzoo.adapters import Attached, attach, configure
@@ -30,7 +28,8 @@ from peftzoo.interop.export import REPORT_FILE, assert_same_outputs, outputs
 
 _CONFIG, _TENSORS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LAYER_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""Fields of PEFT's configs that select layers; not compared, since the names of the layers are."""
+_LAYER_FIELDS += ("fan_in_fan_out",)
+"""Fields of PEFT's configs about the layers; not compared, since the layers themselves are."""
 
 
 @dataclasses.dataclass
@@ -170,17 +169,16 @@ def _candidates(folder: PeftFolder, peft_handle: Attached, head: tuple[str, ...]
     """Our methods, attached with options that give PEFT's config; first the method in our export's report."""
     model = peft_handle.model
     peft_config = peft_handle.adapter.tuner_config
-    targets = {"targets": _targets(model, [s.name for s in peft_handle.sites])}
+    targets = _targets(model, [s.name for s in peft_handle.sites])
     methods = [c for c in map(registry.get, registry.methods()) if c.peft == type(peft_config).__name__]
     methods.sort(key=lambda c: c.name.replace("-", "") != folder.kind.replace("_", ""))
     for cls in methods:
         if cls.name == folder.report.get("method"):
             yield from _try_attach(model, cls, folder.report.get("config"), folder.report.get("seed"), head)
     for cls in methods:
-        if "targets" in cls.Config.model_fields:
-            options, seed, differences = _OptionSearch(cls, peft_config, model, targets).run()
-            if differences == 0:
-                yield from _try_attach(model, cls, options, seed, head)
+        own_files = not (cls.trained_as or cls.redrawn) and "targets" in cls.Config.model_fields
+        if own_files and (found := _read_options(cls, peft_config, model, targets)):
+            yield from _try_attach(model, cls, *found, head)
 
 
 def _try_attach(
@@ -202,57 +200,30 @@ def _targets(model: nn.Module, names: list[str]) -> tuple[str, ...]:
     return ("re:" + "|".join(n.replace(".", r"\.") for n in names),)
 
 
-class _OptionSearch:
-    """Greedy search for a method's options, one at a time, until its `peft_config` equals PEFT's config."""
+def _read_options(
+    cls: type[Adapter], peft_config: Any, model: nn.Module, targets: tuple[str, ...]
+) -> tuple[dict[str, Any], int] | None:
+    """The method's options and seed for PEFT's config by `from_peft`; None where they do not give it back.
 
-    def __init__(
-        self, cls: type[Adapter], peft_config: Any, model: nn.Module, targets: dict[str, Any]
-    ) -> None:
-        self.cls, self.peft_config, self.targets = cls, peft_config, targets
-        self.fields = {f.name: getattr(peft_config, f.name) for f in dataclasses.fields(peft_config)}
-        self.fields = {k: v for k, v in self.fields.items() if self._is_compared(k)}
-        self.meta_model = _meta_copy(model)
-        self.sites = find_sites(self.meta_model, targets["targets"], LINEAR)
+    So a config with a field that the method knows nothing of, such as `rank_pattern`, is not read as it.
+    """
+    meta_model = _meta_copy(model)
+    seed = getattr(peft_config, cls.peft_seed) if cls.peft_seed else 0
+    try:
+        options = {"targets": targets} | cls.from_peft(peft_config, find_sites(meta_model, targets, LINEAR))
+        handle = attach(meta_model, configure(cls, options), seed=seed)
+        handle.detach()
+        config = make_config(type(peft_config), **handle.adapter.peft_config(handle.sites))
+    except (UserError, NotImplementedError, TypeError, ValueError, AttributeError):
+        return None
+    names = [f.name for f in dataclasses.fields(peft_config) if _is_compared(f.name)]
+    same = all(_as_set(getattr(config, n)) == _as_set(getattr(peft_config, n)) for n in names)
+    return (options, seed) if same else None
 
-    def _is_compared(self, name: str) -> bool:
-        skipped = (*_LAYER_FIELDS, *peft_methods.ENGINE_FIELDS)
-        return name not in skipped and not name.startswith(("init", "save"))
 
-    def run(self) -> tuple[dict[str, Any], int, int]:
-        """The best options and seed, and the number of config fields in which they still differ."""
-        best: dict[str, Any] = dict(self.targets)
-        fewest = self._count_differences(best, 0)
-        seed = 0
-        for name, field in self.cls.Config.model_fields.items():
-            for value in self._values_to_try(field.annotation) if name != "targets" else ():
-                if fewest and (n := self._count_differences(best | {name: value}, seed)) < fewest:
-                    best, fewest = best | {name: value}, n
-        for value in {v for v in self.fields.values() if type(v) is int and 0 <= v < 2**31}:
-            if fewest and (n := self._count_differences(best, value)) < fewest:
-                seed, fewest = value, n
-        return best, seed, fewest
-
-    def _values_to_try(self, kind: Any) -> list[Any]:
-        """For an option of this type: its literals, the numbers in PEFT's config, or its layers' roles."""
-        if typing.get_origin(kind) is Literal:
-            return list(typing.get_args(kind))
-        if kind is bool:
-            return [True, False]
-        if kind == tuple[str, ...]:
-            lists = [v for v in vars(self.peft_config).values() if isinstance(v, (list, set)) and v]
-            return [tuple(dict.fromkeys(s.role for s in self.sites if s.name in v)) for v in lists]
-        numbers = {v for v in self.fields.values() if type(v) in (int, float)}
-        return sorted(numbers)
-
-    def _count_differences(self, options: dict[str, Any], seed: int) -> int:
-        """The number of fields that differ from PEFT's config; more than all of them for refused options."""
-        try:
-            handle = attach(self.meta_model, configure(self.cls, options), seed=seed)
-            handle.detach()
-            config = make_config(type(self.peft_config), **handle.adapter.peft_config(handle.sites))
-        except (UserError, NotImplementedError, ValidationError):
-            return len(self.fields) + 1
-        return sum(_as_set(getattr(config, k)) != _as_set(v) for k, v in self.fields.items())
+def _is_compared(field: str) -> bool:
+    skipped = (*_LAYER_FIELDS, *peft_methods.ENGINE_FIELDS)
+    return field not in skipped and not field.startswith(("init", "save"))
 
 
 def _as_set(value: Any) -> Any:

@@ -19,17 +19,12 @@ from peftzoo.contract import LINEAR, registry
 from peftzoo.interop import export, peft_import, saved_runs
 from peftzoo.records import saved_adapters
 from peftzoo.records.schema import Record
+from tests.methods.test_reference import export_case
 
 peft = pytest.importorskip("peft")
 
 METHODS = {name: registry.get(name) for name in registry.methods()}
-IN_PEFT = [name for name, cls in METHODS.items() if cls.peft and name != "prefix-tuning"]
-OPTIONS = {"boft": {"factors": 1, "block": 4}}
-"""Where PEFT lacks the default."""
-SAME = {"lora-plus": "lora", "lora-pro": "lora", "krona": "lokr"}
-"""The same layer trained in another way: without our report beside it, it is imported as the plain method."""
-REDRAWN = {"unilora": "hf:unilora", "randlora": "hf:randlora"}
-"""PEFT draws the frozen tensors in another way: without the seed in our report, it stays HF PEFT's own."""
+IN_PEFT = [name for name, cls in METHODS.items() if cls.peft]
 
 NARROW = {
     "c3a": {"block_size": 8},
@@ -46,14 +41,18 @@ def seed():
 
 
 @torch.no_grad()
-def perturbed(name: str, arch: str = "llama", **options):
+def perturbed(name: str | Case, arch: str = "llama", **options):
     """The method on a fresh tiny model, with noise added to every trained tensor."""
-    cls = METHODS[name]
-    case = Case(type(cls.__name__, (cls,), {"tiny": OPTIONS.get(name, cls.tiny)}), arch)
+    case = name if isinstance(name, Case) else Case(METHODS[name], arch)
     handle = case.attach(**options)
     for p in (*handle.parameters(), *handle.head.values()):
         p.add_(0.05 * torch.randn_like(p))
     return case, handle
+
+
+def moves_biases(handle) -> bool:
+    parts = [p for p in handle.adapter.parts.values() if p.site.kind == LINEAR]
+    return any(p.bias(p.site.bias) is not p.site.bias for p in parts)
 
 
 @torch.no_grad()
@@ -66,16 +65,30 @@ def assert_near(actual, expected):
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1.0)
 
 
+def without_report(cls) -> str:
+    """The method as which PEFT's files are read that have no report of ours beside them."""
+    return f"hf:{peft_type(cls)}" if cls.redrawn else cls.trained_as or cls.name
+
+
+def peft_type(cls) -> str:
+    return getattr(peft, cls.peft)().peft_type.value.lower()
+
+
 @pytest.mark.parametrize("name", IN_PEFT)
 def test_peft_loads_the_export_and_it_is_imported_again(name, tmp_path):
-    case, handle = perturbed(name, seed=77)
+    cls = METHODS[name]
+    if cls.peft_differs:
+        with pytest.raises(UserError, match="computes something else"):
+            export.to_peft(perturbed(name)[1], tmp_path / "out")
+        return
+    case, handle = perturbed(export_case(cls), seed=77)
     expected, before = logits(handle.model, case), snapshot(handle.model)
     export.to_peft(handle, tmp_path / "out")
     assert torch.equal(logits(handle.model, case), expected)
     assert_unchanged(before, handle.model, "the export")
     peft_model = peft.PeftModel.from_pretrained(case.model(), tmp_path / "out").eval()
     assert_near(logits(peft_model, case), expected)
-    for method in (name, SAME.get(name, REDRAWN.get(name, name))):
+    for method in (name, without_report(cls)):
         model = case.model()
         again, summary = peft_import.import_adapter(peft_import.read(tmp_path / "out"), model)
         assert_near(logits(model, case), expected)
@@ -88,7 +101,7 @@ def test_peft_loads_the_export_and_it_is_imported_again(name, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["bert", "gpt2"])
-@pytest.mark.parametrize("name", ["lora", "unilora"])
+@pytest.mark.parametrize("name", ["lora", "unilora"])  # one with tensors per layer, one that shares them
 def test_a_head_goes_along(name, arch, tmp_path):
     case, handle = perturbed(name, arch, head=Case(object, arch).head)
     expected = logits(handle.model, case)
@@ -112,6 +125,7 @@ def test_options_are_found_again(tmp_path):
     assert again.adapter.config == handle.adapter.config
 
 
+# Of PEFT's tuners: ranks that fall, two that only PEFT has, frozen bases, an embedding. Ours are all above.
 @pytest.mark.parametrize("kind", ["adalora", "c3a", "randlora", "trainable_tokens", "waveft"])
 def test_a_method_of_hf_peft_is_exported_and_imported(kind, tmp_path):
     cls = registry.get(f"hf:{kind}")
@@ -149,12 +163,11 @@ def test_what_peft_itself_saved(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_weight_change_as_a_lora(name, tmp_path):
-    if name == "bitfit":
-        pytest.skip("this model has no biases")
+    if reason := Case(METHODS[name], "llama").refusal():
+        pytest.skip(reason)
     case, handle = perturbed(name)
-    if (
-        not handle.adapter.mergeable or not handle.sites or handle.unfrozen or name == "red"
-    ):  # it moves biases
+    linear = [p for p in handle.adapter.parts.values() if p.site.kind == LINEAR]
+    if not handle.adapter.mergeable or not linear or handle.unfrozen or moves_biases(handle):
         with pytest.raises(UserError, match=r"LoRA"):
             export.to_lora(handle, tmp_path / "out")
         return
@@ -194,30 +207,32 @@ def test_the_randomised_svd_finds_what_the_full_decomposition_finds():
     assert len(export.low_rank_svd(torch.randn(60, 40), 8)[1]) == 40
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "unilora", "ia3"])
+@pytest.mark.parametrize("name", METHODS)
 def test_merged_is_a_model_of_transformers(name, tmp_path):
     from transformers import AutoModelForCausalLM
 
+    if reason := Case(METHODS[name], "llama").refusal():
+        pytest.skip(reason)
     case, handle = perturbed(name)
+    if not handle.adapter.mergeable or moves_biases(handle):
+        with pytest.raises(UserError, match=r"cannot be merged|merging adds .*bias"):
+            export.to_merged(handle, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
     expected, before = logits(handle.model, case), snapshot(handle.model)
     export.to_merged(handle, tmp_path / "out")
     assert_near(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), case), expected)
     assert_unchanged(before, handle.model, "the export")
 
 
-def test_merging_that_the_files_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"merging adds .*bias"):
-        export.to_merged(perturbed("red")[1], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
+# Each reason once; what PEFT has is tried for every method above.
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("melora", {}, 'HF PEFT has no "melora"'),
         ("boft", {"factors": 2, "block": 4}, "CUDA kernel"),
         ("unilora", {"projection": "fastfood"}, "has no fastfood projection"),
-        ("randlora", {"scaling": "paper", "r": 8}, "computes something else"),
+        ("randlora", {"scaling": "paper", "r": 8}, "scales by alpha/r alone"),
         ("prefix-tuning", {}, "computes something else"),
     ],
 )
@@ -227,6 +242,16 @@ def test_what_peft_cannot_hold_is_refused(name, options, message, tmp_path):
         for p in handle.parameters():
             p.add_(0.3 * torch.randn_like(p))
     with pytest.raises(UserError, match=message):
+        export.to_peft(handle, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_decide_whether_peft_computes_the_same(tmp_path, monkeypatch):
+    """A method that gives PEFT another option than its own."""
+    _, handle = perturbed("lora", alpha=8.0)
+    true = handle.adapter.peft_config(handle.sites)
+    monkeypatch.setattr(handle.adapter, "peft_config", lambda sites: true | {"lora_alpha": 16.0})
+    with pytest.raises(UserError, match="computes something else"):
         export.to_peft(handle, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -199,10 +199,11 @@ def test_names_are_read_in_any_case():
 
 def test_without_peft_the_pip_line_is_shown(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"pip install 'peftzoo\[peft\]'"):
+    with pytest.raises(UserError, match=r'pip install "peftzoo\[peft\]"'):
         peft_methods.import_peft()
 
 
+# Of HF PEFT's tuners, some: low-rank, shared, products, frequencies. They are PEFT's, not files of ours.
 @pytest.mark.parametrize("kind", ["lora", "vera", "loha", "fourierft", "waveft"])
 def test_counts_of_a_published_shape_are_pefts(kind):
     """The count on bare shapes against what PEFT itself makes of the same layers with weights."""

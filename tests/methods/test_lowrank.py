@@ -109,6 +109,7 @@ def test_pivoted_qr(shape):
 
 # -- counts on published shapes -------------------------------------------------------------------------
 
+# Figures that papers print. A method without one is counted by its `count_formula` in `peftzoo check`.
 COUNTS = [
     ("lora-plus", "roberta-base", {"targets": "q,v", "r": 8}, 294_912),
     ("lora-plus", "llama-2-7b", {"r": 8}, 19_988_480),
