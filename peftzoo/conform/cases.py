@@ -103,8 +103,12 @@ class Case:
     @property
     def context(self) -> dict[str, Any]:
         """Arguments of `attach` and `load`: training data for methods that need it; can be pickled."""
-        needs_data = self.cls(self.cls.Config(**self.cls.tiny)).needs_data
-        return {"batches": functools.partial(list, self.batches)} if needs_data else {}
+        return {"batches": functools.partial(list, self.batches)} if self.adapter.needs_data else {}
+
+    @property
+    def adapter(self) -> Adapter:
+        """A new adapter with the options of `tiny`, for facts that its options decide."""
+        return self.cls(self.cls.Config(**self.cls.tiny))
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A new model of the architecture, with the same weights every time."""

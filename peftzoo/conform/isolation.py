@@ -158,7 +158,7 @@ def check_two_runs(case: Case) -> None:
     """Two runs with other seeds on one copy of the base, in one batch or in turn, end as each does alone."""
     if case.cls.searches:
         raise Skip("the method fits itself without steps")
-    if case.cls.edits_base or case.attach().unfrozen:
+    if case.adapter.edits_base or case.attach().unfrozen:
         raise Skip("the method changes the base, so that it cannot share it")
     model = case.model()
     options = case.context | case.cls.tiny

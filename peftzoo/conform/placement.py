@@ -112,7 +112,7 @@ def check_base_untouched(case: Case) -> None:
     before = {n: t.clone() for n, t in _base_tensors(model).items() if t.data_ptr() not in unfrozen}
 
     def callback(step: int, stage: str) -> None:
-        if stage == "after_step" and not case.cls.edits_base:
+        if stage == "after_step" and not case.adapter.edits_base:
             _assert_equal_tensors(before, _base_tensors(model), f"step {step} of training")
 
     train(handle, case.batches, 6, callback=callback)
@@ -151,7 +151,7 @@ def check_detach(case: Case) -> None:
     handle.detach()
     assert_bare(model, "detach")
     assert all(p.requires_grad for p in model.parameters()), "detach leaves the base frozen"
-    if case.cls.edits_base:
+    if case.adapter.edits_base:
         return
     assert_unchanged(before, model, "attach and detach")
     assert torch.equal(case.logits(model), logits), "logits differ after detach"

@@ -149,7 +149,7 @@ def check_hooks(case: Case) -> None:
         "optimizer() leaves tensors out, or adds"
     )
     base = {id(p): n for n, p in handle.model.named_parameters() if n not in handle.unfrozen}
-    before = {} if case.cls.edits_base or handle.unfrozen else snapshot(handle.model)
+    before = {} if case.adapter.edits_base or handle.unfrozen else snapshot(handle.model)
 
     def callback(step: int, stage: str) -> None:
         if stage == "forward":

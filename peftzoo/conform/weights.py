@@ -157,7 +157,7 @@ def _assert_refused(case: Case, arch: str, folder: Path, what: str) -> None:
     else:
         raise AssertionError(f"{what}: loaded without an error")
     assert_bare(model, what)
-    if not case.cls.edits_base:
+    if not case.adapter.edits_base:
         assert_unchanged(before, model, what)
     assert all(p.requires_grad for p in model.parameters()), f"{what}: the base is left frozen"
 

@@ -156,7 +156,7 @@ class Adapter(nn.Module):
     """True when `prepare` reads `Context.batches`. Read it from an adapter, not from its class: where the
     options decide, this is a property."""
     edits_base: ClassVar[bool] = False
-    """True when training changes values of the base weights themselves."""
+    """True when training changes values of the base weights; may be a property, as `needs_data` may."""
     described: ClassVar[bool] = False
     """True when the weights are written from a description of the task: the option `description`, which a run
     fills in, and from then on `describe`."""

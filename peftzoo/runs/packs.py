@@ -121,6 +121,7 @@ class Packer:
         self.bytes_used = 0
         self.members: list[Member] = []
         self.results: dict[int, RunResult] = {}
+        self.told: set[str] = set()
 
     def run_plans(self, plans: Iterable[Plan]) -> dict[int, RunResult]:
         """Do the runs in packs, and return `results`."""
@@ -136,11 +137,9 @@ class Packer:
     def _add_run(self, index: int, plan: Plan) -> None:
         """Put the run into the pack, or its record into `results`; neither if it has to be done alone."""
         record = new_record(plan)
-        own_rows = plan.request.hold_out and not plan.request.loss_only
-        if plan.selection or plan.pruning or own_rows or plan.cls.edits_base or plan.data.validation_sets:
-            return  # it changes the model, or is scored or checked on rows of its own
-        if (plan.train_config.micro_batch or plan.train_config.batch_size) < plan.train_config.batch_size:
-            return  # a pack does not split a run's batch into micro-batches
+        if reason := _reason_to_be_alone(plan):
+            self._tell_alone(plan, reason)
+            return
         lock = ExitStack()
         try:
             lock.enter_context(run_lock(self.out, record, lock_timeout=0))
@@ -153,6 +152,13 @@ class Packer:
         finally:
             lock.close()
 
+    def _tell_alone(self, plan: Plan, reason: str) -> None:
+        """Say once per method and reason why a run is done alone, unless it is on record."""
+        text = f"{plan.request.method} is run alone, not in a pack: {reason}"
+        if text not in self.told and (self.force or not is_on_record(self.out, new_record(plan))):
+            self.told.add(text)
+            self.note(text)
+
     def _prepare_member(self, index: int, plan: Plan, record: Record, lock: ExitStack) -> Member | None:
         """None for a run that has to be done alone.
 
@@ -163,7 +169,8 @@ class Packer:
             loop = runner.prepare(fresh=self.force, install=False)
         except Exception:
             return None
-        if pack_refusal(runner.attached):
+        if reason := pack_refusal(runner.attached):
+            self._tell_alone(plan, reason)
             runner.attached.detach()
             return None
         return Member(index, runner, loop, lock)
@@ -290,6 +297,22 @@ def bytes_needed(loop: Loop) -> int:
 def free_bytes(device: torch.device) -> int:
     """Bytes of free memory on this device; of the machine, if the device is no GPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _reason_to_be_alone(plan: Plan) -> str:
+    """Why this run cannot be in a pack, as far as its plan tells, or ""."""
+    config = plan.train_config
+    reasons = {
+        "its protocol chooses a checkpoint": plan.selection,
+        "it prunes the base": plan.pruning,
+        "it is scored on training rows that are held out": plan.request.hold_out
+        and not plan.request.loss_only,
+        "it holds rows out of its own training": plan.data.validation_sets,
+        "it changes the base's own weights": plan.adapter.edits_base,
+        "its batch is split into micro-batches": (config.micro_batch or config.batch_size)
+        < config.batch_size,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _check_compatible(plans: list[Plan]) -> None:

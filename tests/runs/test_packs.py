@@ -20,6 +20,7 @@ from peftzoo.adapters import Attached, attach
 from peftzoo.conform.cases import Case, base_model, make_batches
 from peftzoo.contract import registry
 from peftzoo.errors import UserError
+from peftzoo.runs import packs
 from peftzoo.runs._pack_loop import PackLoop
 from peftzoo.runs._pack_scoring import PackedModel
 from peftzoo.runs._packed_adapter import Pack, pack_refusal
@@ -432,6 +433,34 @@ def test_an_interrupted_pack_goes_on(tmp_path) -> None:
         assert record.final_loss == pytest.approx(wanted.final_loss, abs=1e-5)
     assert not [*(tmp_path / "cut/checkpoints").iterdir()]
     assert not [*(tmp_path / "cut/cancelled").rglob("*.json")]
+
+
+def test_why_a_run_is_done_alone_is_told_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(packs, "run", lambda plan, out, **_: (new_record(plan), out, True))
+    lora, train = Request("lora", "gsm8k"), {"steps": 1, "batch_size": 4}
+    held = replace(lora, validation=4)
+    expected = {
+        "lora is run alone, not in a pack: it prunes the base": replace(lora, prune="magnitude:0.5"),
+        "lora is run alone, not in a pack: it holds rows out of its own training": held,
+        "lora is run alone, not in a pack: its batch is split into micro-batches": replace(
+            lora, train=train | {"micro_batch": 2}
+        ),
+        "full is run alone, not in a pack: it changes the base's own weights": replace(
+            lora, method="full", train=train
+        ),
+    }
+    requests = [replace(r, seed=seed) for r in expected.values() for seed in (0, 1)]
+    notes: list[str] = []
+    done = run_packs(requests, tmp_path, size=2, note=notes.append)
+    assert sorted(notes) == sorted(expected) and len(done) == len(requests)
+
+
+@pytest.mark.parametrize("edits", [False, True])
+def test_whether_a_method_edits_the_base_may_depend_on_its_options(edits: bool, monkeypatch) -> None:
+    cls = registry.get("lora")
+    monkeypatch.setattr(cls, "edits_base", property(lambda self: self.config.r == 3))
+    plan = Plan(Request("lora", "gsm8k", options={"r": 3 if edits else 4}))
+    assert bool(packs._reason_to_be_alone(plan)) == edits
 
 
 @pytest.mark.long
