@@ -24,16 +24,20 @@ def check(
     json: bool = output.JSON,
 ) -> None:
     """Run all conformance checks on tiny BERT, Llama, GPT-2 models."""
-    from peftzoo import conform
-    from peftzoo.conform import process
     from peftzoo.contract import registry
     from peftzoo.errors import UserError
+    from peftzoo.runs import quick_checks
+
+    if not name and not list_checks:
+        raise UserError("say which method to check: peftzoo check lora, or all, or --list")
+    if not plugin and not list_checks:
+        quick_checks.check_methods(output.parse_names(name, registry.methods(), "method"))
+    from peftzoo import conform  # heavy: what is wrong above is told before
+    from peftzoo.conform import process
 
     listed = conform.checks()  # before a plugin is loaded
     if list_checks:
         return _print_list(listed, json)
-    if not name:
-        raise UserError("say which method to check: peftzoo check lora, or all, or --list")
     output.load_plugins(plugin)
     methods = output.parse_names(name, registry.methods(), "method")
     for m in methods:

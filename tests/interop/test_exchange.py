@@ -34,12 +34,6 @@ NARROW = {
 """Options of HF PEFT's tuners on a narrow model."""
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """New random numbers in every run; pytest prints the seed when a test fails."""
-    print("torch seed", torch.seed())
-
-
 @torch.no_grad()
 def perturbed(name: str | Case, arch: str = "llama", **options):
     """The method on a fresh tiny model, with noise added to every trained tensor."""

@@ -55,12 +55,6 @@ KERNELS = {  # name -> kernel(site, base, x, *tensors), plain(W, b, x, *tensors)
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """New numbers in every run; the seed is shown when a test fails."""
-    print("torch seed", torch.seed())
-
-
 def make_case(kernel: str, layer: str, shape, dtype=torch.float64, quiet_x=False):
     module = LAYERS[layer]().to(dtype).requires_grad_(False)
     x = torch.randn(*shape, dtype=dtype, requires_grad=not quiet_x)

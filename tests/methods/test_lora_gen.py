@@ -30,12 +30,6 @@ def test_a_generator_is_not_scored_on_what_it_is_trained_on() -> None:
     assert adapter_generation.overlaps([SimpleNamespace(task=task, rows=rows, seen=False)]) == {}
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """New numbers in every run; the seed is shown when a test fails."""
-    print("torch seed", torch.seed())
-
-
 class Words:
     """A tokenizer for the tiny models: a token per letter."""
 

@@ -19,12 +19,6 @@ from peftzoo.models import low_rank_start
 close = torch.testing.assert_close
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """New numbers in every run; the seed is shown when a test fails."""
-    print("torch seed", torch.seed())
-
-
 @pytest.fixture
 def batch(inputs) -> dict[str, Tensor]:
     ids = inputs["input_ids"]
@@ -691,7 +685,8 @@ def test_lora_ga_directions_are_those_of_peft(tiny, batch):
     from peft.tuners.lora.loraga import preprocess_loraga
 
     handle = started(tiny("llama"), "lora-ga", batch, targets="q,down", r=2)
-    options = handle.adapter.peft_config(handle.sites)
+    plain = peftzoo.attach(tiny("llama"), "lora", targets="q,down", r=2)
+    options = plain.adapter.peft_config(plain.sites)
     config = peft.LoraConfig(**options, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
     model = tiny("llama")
     preprocess_loraga(model, config, lambda: model(**batch).loss.backward())

@@ -33,12 +33,6 @@ def peft_cases():
                 yield pytest.param(name, options, "bert", id=f"{name}-{label}")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """New numbers in every run; the seed is shown when a test fails."""
-    print("torch seed", torch.seed())
-
-
 @torch.no_grad()
 def disturb(handle, size=0.3):
     """Move every trained tensor away from where it starts."""

@@ -25,12 +25,6 @@ from peftzoo.methods.vb_lora import choice
 published = functools.lru_cache(models.on_meta)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """New numbers in every run; the seed is shown when a test fails."""
-    print("torch seed", torch.seed())
-
-
 def count(model: str, method: str, **options) -> int:
     """Trained numbers on a published shape, without weights."""
     handle = peftzoo.attach(published(model), method, **options)
@@ -511,7 +505,7 @@ def test_wegeft_weight_dropout(tiny, inputs):
     disturb(handle)
     y = handle.model(**inputs).logits
     with handle.merged():
-        near(handle.model(**inputs).logits, y)
+        near(handle.model(**inputs).logits, y, 1e-4)  # in fp32, as `check_merge`
     handle.model.train()  # the parts follow
     assert not torch.allclose(handle.model(**inputs).logits, y)
     handle.adapter.parts.apply(lambda m: setattr(m, "p", 1e-9) if isinstance(m, nn.Dropout) else None)

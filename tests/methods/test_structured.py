@@ -15,12 +15,6 @@ from peftzoo.conform.options import named_sets
 from peftzoo.contract import LINEAR, registry
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """New numbers in every run; the seed is shown when a test fails."""
-    print("torch seed", torch.seed())
-
-
 @torch.no_grad()
 def disturb(handle, size=0.3):
     """Move every trained tensor away from where it starts."""

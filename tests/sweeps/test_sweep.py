@@ -121,7 +121,10 @@ WRONG = {
     "a pack": ({"pack": 0}, 'pack "0": a number of runs from 1 on, auto, or a size'),
     "no method": ({"methods": []}, "methods: "),
     "steps twice": ({"train": {"steps": 3}}, "say the same"),
-    "a method of set": ({"set": {"lroa.r": 3}}, 'unknown method in set "lroa.r" "lroa": did you mean "lora"'),
+    "a method of set": (
+        {"set": {"loraa.r": 3}},
+        'unknown method in set "loraa.r" "loraa": did you mean "lora"',
+    ),
 }
 
 
@@ -143,7 +146,7 @@ def test_a_file_that_is_no_sweep_is_named(tmp_path, text: str) -> None:
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"methods": "none, lroa"}, 'did you mean "lora"'), ({"tasks": "sst"}, "sst2"),
+    ({"methods": "none, loraa"}, 'did you mean "lora"'), ({"tasks": "sst"}, "sst2"),
     ({"set": {"rank": 3}}, "rank"),
     ({"steps": None, "train": {"epochs": "many"}}, "--epochs many"),
     ({"steps": None, "train": {"epochs": -3}}, "--epochs -3"),
