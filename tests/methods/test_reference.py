@@ -98,6 +98,11 @@ def test_same_outputs_and_gradients_as_peft(name, options, arch, inputs):
             p.copy_(p.grad)
     for (ours, p), n in zip(pairs(handle, trained), handle.adapter.peft_state(), strict=True):
         assert_near(ours, p.grad, f"gradient of {n}", tolerance)
+    if handle.adapter.mergeable:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged = theirs.merge_and_unload()(**inputs).logits
+        assert_near(merged, got.detach(), "logits as merged by PEFT", tolerance)
 
 
 @pytest.mark.parametrize("name", IN_PEFT)

@@ -502,10 +502,10 @@ def test_wegeft_pairs_are_those_of_a_role(tiny):
 
 def test_wegeft_weight_dropout(tiny, inputs):
     handle = peftzoo.attach(tiny("llama").eval(), "wegeft", weight_dropout=0.5)
-    disturb(handle)
+    disturb(handle, 0.1)  # at 0.3 what fp32 rounds nears the bound
     y = handle.model(**inputs).logits
     with handle.merged():
-        near(handle.model(**inputs).logits, y, 1e-4)  # in fp32, as `check_merge`
+        near(handle.model(**inputs).logits, y)
     handle.model.train()  # the parts follow
     assert not torch.allclose(handle.model(**inputs).logits, y)
     handle.adapter.parts.apply(lambda m: setattr(m, "p", 1e-9) if isinstance(m, nn.Dropout) else None)
